@@ -1,0 +1,1 @@
+"""Runnable scripts: one frozen Args dataclass and one readable main each."""

@@ -1,0 +1,1 @@
+"""Where the domains' items come from, and how they become arrays."""

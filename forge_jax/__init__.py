@@ -1,0 +1,1 @@
+"""forge_jax: pure-functional JAX tools for self-adaptive language models."""

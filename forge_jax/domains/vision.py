@@ -1,0 +1,84 @@
+"""Vision: questions on a small grey image, read by a patch projector or as text."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from forge_jax.domains.item import Item, signed
+
+PATCH = 4
+"""side of a patch, in pixels"""
+SIDE = 8
+"""side of an image, in pixels"""
+PATCHES = (SIDE // PATCH) ** 2
+QUESTION = "Which digit is this?"
+
+
+def patches(image: Float[np.ndarray, "side side"]) -> Float[np.ndarray, "patches pixels"]:
+    """The image's square patches, row by row, each flattened."""
+    blocks = image.reshape(SIDE // PATCH, PATCH, SIDE // PATCH, PATCH)
+    return blocks.swapaxes(1, 2).reshape(PATCHES, PATCH * PATCH).astype(np.float32)
+
+
+class PatchProjector(nn.Module):
+    """Patches to the decoder's embedding space: a dense layer and a learnt place."""
+
+    hidden_size: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch patches pixels"]) -> Float[Array, "batch patches h"]:
+        place = self.param("place", nn.initializers.normal(0.02), (PATCHES, self.hidden_size))
+        return nn.Dense(self.hidden_size, name="dense")(x) + place
+
+
+def as_text(image: Float[np.ndarray, "side side"]) -> str:
+    """The image as lines of digits 0 to 9, for checkpoints without a projector."""
+    levels = np.clip((image * 10).astype(int), 0, 9)
+    return "\n".join("".join(map(str, row)) for row in levels)
+
+
+def question(text: str, image_token: str | None, image: Float[np.ndarray, "side side"]) -> str:
+    """`text` below the image: as many image tokens as patches, or the image as text."""
+    shown = as_text(image) if image_token is None else image_token * PATCHES
+    return f"{shown}\n{text}\n"
+
+
+def from_digit(image: Float[np.ndarray, "side side"], digit: int, image_token: str | None) -> Item:
+    """A handwritten digit, grey values in [0, 1], and the question which one it is."""
+    pixels = None if image_token is None else image
+    return Item(question(QUESTION, image_token, image), str(digit), pixels)
+
+
+def from_textvqa(row: Mapping, image_token: str | None) -> Item:
+    """A row of the hub's `textvqa` (fields image, question, answers): the commonest answer.
+
+    The photograph is shrunk to the projector's grey 8 x 8, which loses its text: this reads
+    the set's real form, and a checkpoint with a larger projector is what it is for.
+    """
+    grey = np.asarray(row["image"].convert("L").resize((SIDE, SIDE)), np.float32) / 255
+    answer = Counter(normalise(a) for a in row["answers"]).most_common(1)[0][0]
+    pixels = None if image_token is None else grey
+    return Item(question(row["question"].strip(), image_token, grey), answer, pixels)
+
+
+def normalise(text: str) -> str:
+    """Lower case without articles and punctuation (Antol et al. 2015, VQA accuracy)."""
+    words = re.sub(r"[^\w\s.:-]", "", text.lower()).split()
+    return " ".join(w for w in words if w not in ("a", "an", "the")).rstrip(".")
+
+
+def reward(completion: str, answer: str) -> float:
+    """+1 where the normalised completion is the normalised answer, else -1."""
+    return signed(normalise(completion) == normalise(answer))
+
+
+def project(projector: dict, x: Float[Array, "batch patches pixels"]) -> jax.Array:
+    """`PatchProjector` applied with the parameters `projector`."""
+    hidden = jnp.shape(projector["place"])[1]
+    return PatchProjector(hidden).apply({"params": projector}, x)  # pyright: ignore

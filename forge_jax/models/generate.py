@@ -1,0 +1,140 @@
+"""Sampling from a decoder: prefill and decode in one program, samples sharing their prompt."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from forge_jax.models.decoder import DecoderSpec, init_cache, repeat_cache
+
+Apply = Callable[..., Any]
+"""`apply(tokens, mask, cache, images=..., logits_from=...) -> (logits, cache)`, as
+`functools.partial(decoder.apply, {"params": params})`"""
+
+
+class Generated(NamedTuple):
+    """Tokens that followed the prompts."""
+
+    tokens: Int[Array, "rows time"]  # pad token after the stop token
+    mask: Bool[Array, "rows time"]  # True up to and with the stop token
+
+
+def keep_top_k(logits: Float[Array, "rows vocab"], k: int) -> Float[Array, "rows vocab"]:
+    """Every logit below the k-th largest of its row to -inf; ties with it stay."""
+    threshold = jax.lax.top_k(logits, k)[0][:, -1:]
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def keep_top_p(logits: Float[Array, "rows vocab"], p: float) -> Float[Array, "rows vocab"]:
+    """The fewest most probable tokens with total probability of at least `p`; the others to -inf.
+
+    Nucleus sampling (Holtzman et al. 2020, eq. 2); at least one token stays.
+    """
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, -1)
+    kept = jnp.where((before < p).at[:, 0].set(True), ordered, jnp.inf)
+    return jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
+
+
+def next_token(
+    logits: Float[Array, "rows vocab"], key: Array, temperature: float, top_k: int, top_p: float
+) -> Int[Array, " rows"]:
+    """One token per row; `temperature` 0 takes the largest logit, `top_k` 0 and `top_p` 1 are off."""
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if top_k:
+        logits = keep_top_k(logits, top_k)
+    if top_p < 1:
+        logits = keep_top_p(logits, top_p)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def generate(
+    apply: Apply,
+    spec: DecoderSpec,
+    tokens: Int[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    key: Array,
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] = (),
+    pad_token: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    samples: int = 1,
+    images: Float[Array, "batch patches hidden"] | None = None,
+) -> Generated:
+    """Continue every left-padded prompt `samples` times.
+
+    A prompt is read once, whatever the number of its samples. Rows of the result are the samples
+    of the first prompt, then those of the second. The loop ends when every row has stopped.
+
+    Raises:
+      ValueError: a knob is out of its range.
+    """
+    if max_new_tokens < 1 or samples < 1:
+        raise ValueError(f"Wanted {max_new_tokens=} and {samples=} to be at least 1.")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"Wanted temperature >= 0, top_k >= 0, 0 < top_p <= 1; got {temperature=}, {top_k=}, {top_p=}."
+        )
+    batch, time = tokens.shape
+    cache = init_cache(spec, batch, time + max_new_tokens - 1)
+    logits, cache = apply(tokens, mask, cache, images=images, logits_from=-1)
+    logits, cache = jnp.repeat(logits[:, -1], samples, axis=0), repeat_cache(cache, samples)
+    stops = jnp.asarray(stop_tokens, jnp.int32)
+    keys = jax.random.split(key, max_new_tokens)
+
+    def choose(logits, done, step):
+        token = next_token(logits, keys[step], temperature, top_k, top_p)
+        token = jnp.where(done, pad_token, token)
+        return token, done | jnp.isin(token, stops)
+
+    rows = batch * samples
+    out = jnp.full((rows, max_new_tokens), pad_token, jnp.int32)
+    live = jnp.zeros((rows, max_new_tokens), bool)
+    first, done = choose(logits, jnp.zeros(rows, bool), 0)
+    carry = (1, done, out.at[:, 0].set(first), live.at[:, 0].set(True), cache)
+
+    def unfinished(carry):
+        step, done, *_ = carry
+        return (step < max_new_tokens) & ~jnp.all(done)
+
+    def decode(carry):
+        step, done, out, live, cache = carry
+        logits, cache = apply(out[:, step - 1][:, None], ~done[:, None], cache)
+        token, stopped = choose(logits[:, -1], done, step)
+        return step + 1, stopped, out.at[:, step].set(token), live.at[:, step].set(~done), cache
+
+    _, _, out, live, _ = jax.lax.while_loop(unfinished, decode, carry)
+    return Generated(out, live)
+
+
+def response_logits(
+    apply: Apply,
+    spec: DecoderSpec,
+    tokens: Int[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    responses: Int[Array, "rows response_time"],
+    response_mask: Bool[Array, "rows response_time"],
+    *,
+    images: Float[Array, "batch patches hidden"] | None = None,
+) -> Float[Array, "rows response_time vocab"]:
+    """The logits from which every token of the responses was (or would be) drawn.
+
+    There are rows / batch responses to every prompt, in the order of `generate`; the prompt is
+    read once for all of them. Differentiable in whatever `apply` closes over.
+    """
+    (batch, time), (rows, length) = tokens.shape, responses.shape
+    cache = init_cache(spec, batch, time + length - 1)
+    first, cache = apply(tokens, mask, cache, images=images, logits_from=-1)
+    first = jnp.repeat(first, rows // batch, axis=0)
+    if length == 1:
+        return first
+    cache = repeat_cache(cache, rows // batch)
+    later, _ = apply(responses[:, :-1], response_mask[:, :-1], cache)
+    return jnp.concatenate([first, later], axis=1)

@@ -1,0 +1,40 @@
+"""The deployment limits of the Phase 7 guide, and by how much a candidate misses them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+_AT_LEAST = ("throughput_tps", "accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a candidate must keep to. A limit of None is not checked."""
+
+    latency_ms: float | None = 100.0  # milliseconds, at most: batch 1, 512 tokens
+    vram_gb: float | None = 2.0  # peak memory in gigabytes (1e9 bytes), at most
+    throughput_tps: float | None = 50.0  # tokens per second, at least
+    accuracy: float | None = 0.85  # fraction right over all domains, at least
+    kl: float | None = 1.0  # nats per token from the base model, at most
+
+
+def violations(
+    metrics: Mapping[str, ArrayLike], limits: Limits | None = None
+) -> dict[str, Float[Array, "..."]]:
+    """Return by how much each limit is missed, as a fraction of it; 0 where it holds.
+
+    `metrics` holds scalars or one value per candidate under the names of `Limits`, and may leave
+    some out. A NaN stays NaN. The sum of the values is what `NSGA2.tell` takes as `violation`.
+    """
+    checked = dataclasses.asdict(limits or Limits())
+    unknown = sorted(set(metrics) - set(checked))
+    if unknown:
+        raise ValueError(f"`metrics` must be among {sorted(checked)}, got {unknown}.")
+    missed = {}
+    for name, value in metrics.items():
+        if checked[name] is not None:
+            excess = jnp.asarray(value) / checked[name] - 1
+            missed[name] = jnp.maximum(-excess if name in _AT_LEAST else excess, 0)
+    return missed

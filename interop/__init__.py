@@ -1,0 +1,13 @@
+"""PyTorch, safetensors, GGUF and Hugging Face files in and out; torch is imported when needed."""
+
+from interop.config import Checkpoint as Checkpoint
+from interop.gguf import load_gguf as load_gguf
+from interop.huggingface import load_huggingface as load_huggingface
+from interop.huggingface import save_huggingface as save_huggingface
+from interop.lowrank import load_low_rank as load_low_rank
+from interop.names import params_from_torch as params_from_torch
+from interop.names import params_to_torch as params_to_torch
+from interop.phase6 import load_phase6 as load_phase6
+from interop.phase8 import Phase8 as Phase8
+from interop.phase8 import load_phase8 as load_phase8
+from interop.phase8 import write_phase8 as write_phase8
