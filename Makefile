@@ -36,7 +36,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "[setup] installing torch 2.13.0"
 	@$(PIP) install --quiet torch==2.13.0 -c constraints.txt
 	@echo "[setup] installing forge_jax, interop and experiments (a few minutes the first time)"
-	@$(PIP) install --quiet -e '.[interop,experiments,dev]' -c constraints.txt
+	@$(PIP) install --quiet -e '.[interop,experiments,dev]' -c constraints.txt || { \
+		echo "[setup] pip failed. If it was at pycosat (reasoning-gym needs it, and it comes as C source):" \
+			"install a C compiler and Python's headers, then run this again." >&2; exit 1; }
 	@touch $@
 	@echo "[setup] done"
 

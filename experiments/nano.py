@@ -5,28 +5,37 @@
 The corpus is text in which every prompt form is answered in several ways at stated
 frequencies (`WAYS`), as real text does; each domain's reward asks for the rarest, the bare
 answer. So the base has the skill and seldom shows it, and singular value fine-tuning has
-something to elicit. Counting bits has one way only: the task without that structure. Items come from the train split alone. Writes phase6.safetensors, phase6.json,
+something to elicit. Counting bits has one way only: the task without that structure. Items
+come from the train split alone. Writes phase6.safetensors, phase6.json,
 phase6.vision.safetensors, tokenizer.json and metrics.jsonl.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from forge_jax.domains import Item, vision
-from forge_jax.models import Decoder, DecoderSpec
+from jaxtyping import Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from experiments.data.batches import pad, patches_of, prompt_rows
 from experiments.data.sources import digits, procedural, take
+from experiments.data.splits import Split, distinct
+from experiments.run import clean_errors
+from forge_jax.domains import Item, vision
+from forge_jax.models import Decoder, DecoderSpec
+from interop.formats import write_json, write_safetensors
+from interop.names import canonical_names, params_to_numpy
 
 PAD, BOS, EOS, IMAGE = "<pad>", "<bos>", "<eos>", "<image>"
 SPECIALS = (PAD, BOS, EOS, IMAGE)
@@ -49,28 +58,41 @@ WAYS: dict[str, tuple[tuple[float, Callable[[str], str]], ...]] = {
 }
 """for each task, how often the corpus answers in which way"""
 
-ITEMS = {"math": 10_500, "code": 40_000, "reasoning": 40_000, "bits": 2_000}
+ITEMS = {"math": 10_500, "code": 40_000, "reasoning": 40_000, "bits": 2_000, "vision": 2_000}
 BATCH = {"math": 48, "vision": 20, "bits": 4, "code": 24, "reasoning": 32}
+
+
+GROUPS = (("math", "vision", "bits"), ("code", "reasoning"))
+"""tasks that share a row length, short and long"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     out: Path
     """directory to create"""
-    steps: int = 6000
+    steps: int = 3000
     """optimizer updates"""
-    learning_rate: float = 2e-3
-    """peak of AdamW's rate, after a warm-up, then a cosine to a tenth"""
+    adamw_rate: float = 2e-3
+    """peak rate of embeddings, norms and projector: a warm-up, then a cosine to a twentieth"""
     muon_rate: float = 0.02
-    """peak of Muon's rate on the matrices"""
+    """peak rate of the layers' matrices"""
     hidden: int = 128
     layers: int = 4
     vocabulary: int = 768
     seed: int = 0
-    log_every: int = 100
+    log_every: int = 50
+    evaluate_every: int = 750
 
 
-def train_tokenizer(texts: Iterator[str], vocabulary: int) -> Tokenizer:
+class Encoded(NamedTuple):
+    """Every item of a task in every way."""
+
+    tokens: Int[np.ndarray, "ways items time"]
+    weights: Float[np.ndarray, "ways items time"]  # of the loss: 1 answer, 0.1 prompt, 0 padding
+    patches: Float[np.ndarray, "items patches pixels"]
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Byte-level BPE in which every digit is its own token."""
     tokenizer = Tokenizer(models.BPE())
     digits_alone = pre_tokenizers.Digits(individual_digits=True)
@@ -87,74 +109,106 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def corpus(seed: int) -> dict[str, list[Item]]:
-    """The train items of every task."""
-    items = {task: take(procedural(task, seed, IMAGE), "train", n) for task, n in ITEMS.items()}
-    total = sum(1 for _ in digits(IMAGE))
-    from experiments.data.splits import distinct
-
-    items["vision"] = list(distinct(digits(IMAGE), "train"))
-    assert len(items["vision"]) < total
-    return items
+def items_of(task: str, split: Split, count: int, seed: int) -> list[Item]:
+    """`count` items of a split of a task; of the digits, as many as there are up to that."""
+    if task == "vision":
+        return list(distinct(digits(IMAGE), split))[:count]
+    return take(procedural(task, seed, IMAGE), split, count)
 
 
-def encode_task(tokenizer: Tokenizer, task: str, items: list[Item], length: int):
-    """Every item in every way: tokens (ways, items, length), loss weights, frequencies, patches."""
-    bos, eos = (tokenizer.token_to_id(t) for t in (BOS, EOS))
+def encode(tokenizer: Tokenizer, task: str, items: list[Item]) -> Encoded:
+    """The rows of a task, padded on the left to its longest."""
+    bos, eos, pad_id = (tokenizer.token_to_id(t) for t in (BOS, EOS, PAD))
     prompts = prompt_rows(tokenizer, [i.prompt for i in items], bos)
+    answers = [
+        [row + [eos] for row in prompt_rows(tokenizer, [way(i.answer) for i in items], None)]
+        for _, way in WAYS[task]
+    ]
+    length = max(len(p) + len(a) for way in answers for p, a in zip(prompts, way, strict=True))
     tokens, weights = [], []
-    for _, way in WAYS[task]:
-        answers = prompt_rows(tokenizer, [way(i.answer) for i in items], None)
-        rows = [p + a + [eos] for p, a in zip(prompts, answers, strict=True)]
-        padded, mask = pad(rows, length, tokenizer.token_to_id(PAD), left=True)
-        answered = np.arange(length) >= length - np.array([len(a) + 1 for a in answers])[:, None]
-        tokens.append(padded)
-        weights.append(mask * np.where(answered, 1.0, 0.1))
-    frequencies = [f for f, _ in WAYS[task]]
-    patches = patches_of(items) if task == "vision" else None
-    return np.stack(tokens), np.stack(weights).astype(np.float32), frequencies, patches
+    for way in answers:
+        rows, mask = pad([p + a for p, a in zip(prompts, way, strict=True)], length, pad_id, True)
+        answered = np.arange(length) >= length - np.array([len(a) for a in way])[:, None]
+        tokens.append(rows)
+        weights.append((mask * np.where(answered, 1.0, 0.1)).astype(np.float32))
+    return Encoded(np.stack(tokens), np.stack(weights), patches_of(items))
 
 
-def sample(rng: np.random.Generator, encoded, tasks: list[str]):
+def draw(rng: np.random.Generator, encoded: dict[str, Encoded], tasks: Iterable[str]):
     """One batch of several tasks: each row an item in a way drawn by its frequency."""
     parts = []
     for task in tasks:
-        tokens, weights, frequencies, patches = encoded[task]
-        way = rng.choice(len(frequencies), BATCH[task], p=frequencies)
-        item = rng.integers(tokens.shape[1], size=BATCH[task])
-        shape = (BATCH[task], vision.PATCHES, vision.PATCH**2)
-        seen = np.zeros(shape, np.float32) if patches is None else patches[item]
+        rows = encoded[task]
+        way = rng.choice(len(WAYS[task]), BATCH[task], p=[f for f, _ in WAYS[task]])
+        item = rng.integers(rows.tokens.shape[1], size=BATCH[task])
         # pixel noise, so that 1,258 images are not learnt by heart
-        noise = 0 if patches is None else rng.normal(0, 0.1, shape)
-        parts.append((tokens[way, item], weights[way, item], (seen + noise).astype(np.float32)))
-    return tuple(np.concatenate(leaves) for leaves in zip(*parts, strict=True))
+        noise = rng.normal(0, 0.1, (BATCH[task], *rows.patches.shape[1:]))
+        seen = (rows.patches[item] + noise).astype(np.float32)
+        parts.append((rows.tokens[way, item], rows.weights[way, item], seen))
+    length = max(tokens.shape[1] for tokens, _, _ in parts)
+
+    def widen(x):
+        return np.pad(x, ((0, 0), (length - x.shape[1], 0)))  # the pad token is 0
+
+    return tuple(
+        np.concatenate(leaves)
+        for leaves in zip(*((widen(t), widen(w), p) for t, w, p in parts), strict=True)
+    )
+
+
+@jax.custom_vjp
+def matmul(x, w):
+    """x w, whose gradient for w is one plain product of two matrices."""
+    return x @ w
+
+
+def _matmul_bwd(residual, dy):
+    x, w = residual
+    return dy @ w.T, x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
+
+
+matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_bwd)
+
+
+def fast_dense(call, args, kwargs, context):
+    """Dense layers through `matmul`, 1.5x: XLA's CPU backend otherwise copies dy transposed."""
+    module = context.module
+    if not isinstance(module, nn.Dense) or module.use_bias or module.is_initializing():
+        return call(*args, **kwargs)
+    return matmul(args[0], module.get_variable("params", "kernel"))
+
+
+def logits_fn(params, decoder: Decoder, tokens, weights, patches):
+    """Logits of every token of rows of text with images."""
+    images = vision.project(params["projector"], patches)
+    with nn.intercept_methods(fast_dense):
+        logits, _ = decoder.apply({"params": params["decoder"]}, tokens, weights > 0, images=images)
+    return logits
 
 
 def loss_fn(params, decoder: Decoder, batches):
     """Weighted next-token cross-entropy in nats, over all batches."""
     total, weight = 0.0, 0.0
     for tokens, weights, patches in batches:
-        images = vision.project(params["projector"], patches)
-        logits, _ = decoder.apply(
-            {"params": params["decoder"]}, tokens, weights > 0, images=images
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+        logits = logits_fn(params, decoder, tokens, weights, patches)[:, :-1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         total += (losses * weights[:, 1:]).sum()
         weight += weights[:, 1:].sum()
     return total / weight
 
 
-def optimizer(args: Args):
+def optimizer(args: Args) -> optax.GradientTransformation:
     """Muon on the matrices of the layers, AdamW on embeddings, norms and projector."""
 
     def schedule(peak):
-        return optax.warmup_cosine_decay_schedule(0, peak, 100, args.steps, 0.05 * peak)
+        warm_up = min(100, args.steps // 10)
+        return optax.warmup_cosine_decay_schedule(0, peak, warm_up, args.steps, 0.05 * peak)
 
     def label(path, leaf):
         in_layer = any(str(getattr(k, "key", "")).startswith("layers_") for k in path)
         return "muon" if in_layer and leaf.ndim == 2 else "adamw"
 
-    chain = optax.chain(
+    muon = optax.chain(
         optax.contrib.scale_by_muon(
             weight_dimension_numbers=lambda tree: jax.tree.map(
                 lambda _: optax.contrib.MuonDimensionNumbers(), tree
@@ -164,51 +218,45 @@ def optimizer(args: Args):
         optax.scale_by_learning_rate(schedule(args.muon_rate)),
     )
     return optax.partition(
-        {"muon": chain, "adamw": optax.adamw(schedule(args.learning_rate))},
+        {"muon": muon, "adamw": optax.adamw(schedule(args.adamw_rate))},
         lambda params: jax.tree_util.tree_map_with_path(label, params),
     )
 
 
-def main(args: Args) -> None:
-    """Train, log and write."""
-    started = time.time()
-    items = corpus(args.seed)
-    texts = (i.prompt + way(i.answer) for t in items for i in items[t][:3000] for _, way in WAYS[t])
-    tokenizer = train_tokenizer(texts, args.vocabulary)
-    spec = DecoderSpec(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=args.hidden,
-        intermediate_size=3 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=args.hidden // 4,
-        max_position_embeddings=512,
-        image_token_id=tokenizer.token_to_id(IMAGE),
-    )
-    groups = [["math", "vision", "bits"], ["code", "reasoning"]]
-    encoded = {}
-    for group in groups:
-        rows = {t: prompt_rows(tokenizer, [i.prompt for i in items[t]], 1) for t in group}
-        longest = max(
-            len(r) + len(a) + 1
-            for t in group
-            for _, way in WAYS[t]
-            for r, a in zip(
-                rows[t], prompt_rows(tokenizer, [way(i.answer) for i in items[t]], None), strict=True
-            )
-        )
-        print(group, longest)
-        encoded |= {t: encode_task(tokenizer, t, items[t], longest) for t in group}
-    print("corpus", time.time() - started)
-    decoder = Decoder(spec)
-    k1, k2 = jax.random.split(jax.random.key(args.seed))
-    blank = jnp.zeros((1, vision.PATCHES, vision.PATCH**2))
-    params = {
-        "decoder": decoder.init(k1, jnp.zeros((1, 4), jnp.int32))["params"],
-        "projector": vision.PatchProjector(args.hidden).init(k2, blank)["params"],
-    }
-    print(sum(x.size for x in jax.tree.leaves(params)))
+def make_evaluate(decoder: Decoder, tokenizer: Tokenizer, seed: int):
+    """A function of the parameters that scores every way of every task on test items.
+
+    greedy_accuracy: the way is what the model writes. first_token_probability: how often it
+    would begin so. skill: greedy accuracy after the first token, which chooses the way.
+    """
+    encoded = {t: encode(tokenizer, t, items_of(t, "test", 200, seed)) for t in WAYS}
+
+    @jax.jit
+    def scores(params, tokens, weights, patches):
+        logits = logits_fn(params, decoder, tokens, weights, patches)[:, :-1]
+        answered = weights[:, 1:] == 1
+        right = (logits.argmax(-1) == tokens[:, 1:]) | ~answered
+        first = answered & (jnp.cumsum(answered, axis=1) == 1)
+        logp = jax.nn.log_softmax(logits)
+        chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+        way = jnp.exp(jnp.where(first, chosen, 0).sum(axis=1))
+        return right.all(axis=1).mean(), way.mean(), (right | first).all(axis=1).mean()
+
+    def evaluate(params) -> dict[str, float]:
+        out = {}
+        for task, rows in encoded.items():
+            for way, (tokens, weights) in enumerate(zip(rows.tokens, rows.weights, strict=True)):
+                names = ("greedy_accuracy", "first_token_probability", "skill")
+                values = map(float, scores(params, tokens, weights, rows.patches))
+                named = zip(names, values, strict=True)
+                out |= {f"{task}/way_{way}/{name}": round(value, 4) for name, value in named}
+        return out
+
+    return evaluate
+
+
+def train(args: Args, decoder: Decoder, params, encoded, evaluate, log):
+    """Run the updates; one JSON line every `log_every`."""
     tx = optimizer(args)
 
     @jax.jit
@@ -217,21 +265,82 @@ def main(args: Args) -> None:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    state = tx.init(params)
-    rng = np.random.default_rng(args.seed)
+    state, rng, losses = tx.init(params), np.random.default_rng(args.seed), []
+    bar, started = tqdm(total=args.steps), time.time()
+    for i in range(1, args.steps + 1):
+        batches = [draw(rng, encoded, tasks) for tasks in GROUPS]
+        params, state, loss = step(params, state, batches)
+        losses.append(loss)
+        if i % args.log_every == 0:
+            row = {"step": i, "loss": float(np.mean(losses)), "seconds": time.time() - started}
+            print(json.dumps(row), file=log, flush=True)
+            losses = []
+            bar.update(args.log_every)
+            bar.set_postfix(loss=row["loss"])
+        if i % args.evaluate_every == 0:
+            print(json.dumps({"step": i, **evaluate(params)}), file=log, flush=True)
+    return params
+
+
+def write(args: Args, spec: DecoderSpec, params, tokenizer: Tokenizer, metrics, seconds) -> None:
+    """The Phase 6 pair in half precision, with where it came from in the side-car."""
+    names = canonical_names(spec)
+    tensors = params_to_numpy(jax.device_get(params["decoder"]), names)
+    half = {k: v.astype(np.float16) for k, v in tensors.items()}
+    write_safetensors(args.out / "phase6.safetensors", half)
+    projector = {k: np.asarray(v, np.float32) for k, v in params["projector"].items()}
+    write_safetensors(args.out / "phase6.vision.safetensors", projector)
+    tokenizer.save(str(args.out / "tokenizer.json"))
+    ids = {f"{n}_token_id": tokenizer.token_to_id(f"<{n}>") for n in ("pad", "bos", "eos", "image")}
+    architecture = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config = {**architecture, **dataclasses.asdict(spec), **ids}
+    provenance = {
+        "command": "python -m experiments.nano",
+        "settings": {k: v for k, v in dataclasses.asdict(args).items() if k != "out"},
+        "ways": {task: [f for f, _ in ways] for task, ways in WAYS.items()},
+        "data_seed": args.seed,
+        "versions": {p: version(p) for p in ("jax", "flax", "optax", "reasoning-gym")},
+        "seconds": round(seconds),
+    }
+    metadata = {"phase": 6, "metrics": metrics, "provenance": provenance}
+    record = {"config": config, "metadata": metadata, "has_optimizer": False}
+    extra = {"has_extra_tensors": False, "extra_tensor_keys": []}
+    write_json(args.out / "phase6.json", record | extra)
+
+
+@clean_errors()
+def main(args: Args) -> None:
+    """Train, evaluate and write."""
+    started = time.time()
     args.out.mkdir(parents=True)
-    bar = tqdm(total=args.steps)
-    losses = []
+    items = {task: items_of(task, "train", ITEMS[task], args.seed) for task in WAYS}
+    texts = (i.prompt + way(i.answer) for t in WAYS for i in items[t][:3000] for _, way in WAYS[t])
+    tokenizer = train_tokenizer(texts, args.vocabulary)
+    encoded = {task: encode(tokenizer, task, items[task]) for task in WAYS}
+    spec = DecoderSpec(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=args.hidden,
+        intermediate_size=3 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=args.hidden // 4,
+        max_position_embeddings=1024,
+        image_token_id=tokenizer.token_to_id(IMAGE),
+    )
+    decoder, keys = Decoder(spec), jax.random.split(jax.random.key(args.seed))
+    params = {
+        "decoder": decoder.init(keys[0], jnp.zeros((1, 4), jnp.int32))["params"],
+        "projector": vision.init_projector(keys[1], args.hidden),
+    }
     with open(args.out / "metrics.jsonl", "w") as log:
-        for i in range(1, args.steps + 1):
-            params, state, loss = step(params, state, [sample(rng, encoded, g) for g in groups])
-            losses.append(loss)
-            if i % args.log_every == 0:
-                row = {"step": i, "loss": float(np.mean(losses)), "seconds": time.time() - started}
-                print(json.dumps(row), file=log, flush=True)
-                losses = []
-                bar.update(args.log_every)
-                bar.set_postfix(row)
+        evaluate = make_evaluate(decoder, tokenizer, args.seed)
+        params = train(args, decoder, params, encoded, evaluate, log)
+    metrics = evaluate(params)
+    write(args, spec, params, tokenizer, metrics, time.time() - started)
+    for name, value in metrics.items():
+        print(f"{name:45s} {value:.3f}")
+    print(f"wrote {args.out} after {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

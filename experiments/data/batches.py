@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from forge_jax.domains import Item, vision
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
+
+from forge_jax.domains import Item, vision
 
 
 class Batch(NamedTuple):

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 from random import Random
 
-from forge_jax.domains import Item, code, math, reasoning, vision
-
 from experiments.data.splits import Split, distinct
+from forge_jax.domains import Item, code, math, reasoning, vision
 
 GYM = {
     "math": ("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),

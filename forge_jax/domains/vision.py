@@ -26,15 +26,21 @@ def patches(image: Float[np.ndarray, "side side"]) -> Float[np.ndarray, "patches
     return blocks.swapaxes(1, 2).reshape(PATCHES, PATCH * PATCH).astype(np.float32)
 
 
-class PatchProjector(nn.Module):
-    """Patches to the decoder's embedding space: a dense layer and a learnt place."""
+def init_projector(key: Array, hidden_size: int) -> dict[str, Float[Array, "..."]]:
+    """Parameters of `project`, at random."""
+    keys = jax.random.split(key)
+    return {
+        "kernel": nn.initializers.lecun_normal()(keys[0], (PATCH**2, hidden_size)),
+        "bias": jnp.zeros(hidden_size),
+        "place": 0.02 * jax.random.normal(keys[1], (PATCHES, hidden_size)),
+    }
 
-    hidden_size: int
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch patches pixels"]) -> Float[Array, "batch patches h"]:
-        place = self.param("place", nn.initializers.normal(0.02), (PATCHES, self.hidden_size))
-        return nn.Dense(self.hidden_size, name="dense")(x) + place
+def project(
+    projector: Mapping[str, Float[Array, "..."]], x: Float[Array, "batch patches pixels"]
+) -> Float[Array, "batch patches hidden"]:
+    """Patches to the decoder's embedding space: one dense layer and a learnt place."""
+    return x @ projector["kernel"] + projector["bias"] + projector["place"]
 
 
 def as_text(image: Float[np.ndarray, "side side"]) -> str:
@@ -76,9 +82,3 @@ def normalise(text: str) -> str:
 def reward(completion: str, answer: str) -> float:
     """+1 where the normalised completion is the normalised answer, else -1."""
     return signed(normalise(completion) == normalise(answer))
-
-
-def project(projector: dict, x: Float[Array, "batch patches pixels"]) -> jax.Array:
-    """`PatchProjector` applied with the parameters `projector`."""
-    hidden = jnp.shape(projector["place"])[1]
-    return PatchProjector(hidden).apply({"params": projector}, x)  # pyright: ignore

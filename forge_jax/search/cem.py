@@ -18,8 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 from forge_jax.search import genome
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """The sampling distribution and the best member met."""
 
     mean: Float[Array, " genes"]
@@ -29,8 +28,7 @@ class State:
     generation_counter: Int[Array, ""]
 
 
-@struct.dataclass
-class Params:
+class Params(struct.PyTreeNode):
     """Bounds and spread: each a scalar, one value per gene, or a pytree like the genome."""
 
     lower: PyTree = -jnp.inf

@@ -7,12 +7,13 @@ Functions of `rank_fraction` take a Python number or a NumPy array (float64, exa
 array (float32, traceable): one value or one per candidate.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import nnls
 
 Shapes = Iterable[tuple[int, int]]  # (inputs, outputs) of each matrix, repeats included
@@ -85,8 +86,8 @@ def counts(
     return Counts(steps * flops, steps * itemsize * moved)
 
 
-def calibrate(runs: Sequence[Counts], seconds: Sequence[float]) -> LatencyModel:
-    """Fit the coefficients to measured runs by non-negative least squares.
+def calibrate(runs: ArrayLike, seconds: ArrayLike) -> LatencyModel:
+    """Fit the coefficients to measured runs (a list of `Counts`) by non-negative least squares.
 
     At a fixed number of tokens the work and the traffic of different ranks rise almost together:
     the split between them is then arbitrary, the prediction between the measured ranks is not.
@@ -117,7 +118,7 @@ def roofline(work: Counts, *, flops_per_second: float, bytes_per_second: float):
     return xp.maximum(work.flops / flops_per_second, work.bytes / bytes_per_second)
 
 
-def exceeds_noise(slower: Sequence[float], faster: Sequence[float]) -> bool:
+def exceeds_noise(slower: ArrayLike, faster: ArrayLike) -> bool:
     """Tell whether repeated timings of two settings differ by more than they scatter.
 
     The medians must differ by more than twice the sum of the median absolute deviations. If the

@@ -23,7 +23,7 @@ def check(solution: PyTree) -> None:
 
 
 def ravel(solution: PyTree, population: PyTree) -> Float[Array, "population genes"]:
-    """Flatten a population, a pytree like `solution` with one leading axis more."""
+    """Flatten a population, `solution` with one leading axis more, to the template's dtype."""
     want, got = jax.tree.structure(solution), jax.tree.structure(population)
     if want != got:
         raise ValueError(f"`population` must be a pytree {want} like `solution`, got {got}.")
@@ -35,7 +35,8 @@ def ravel(solution: PyTree, population: PyTree) -> Float[Array, "population gene
                 f"`population` must be (population, *{jnp.shape(template)}) in "
                 f"{jax.tree_util.keystr(path) or 'its array'}, got {jnp.shape(leaf)}."
             )
-    return jax.vmap(lambda member: ravel_pytree(member)[0])(population)
+    flat = jax.vmap(lambda member: ravel_pytree(member)[0])(population)
+    return flat.astype(ravel_pytree(solution)[0].dtype)
 
 
 def unravel(solution: PyTree, population: Float[Array, "population genes"]) -> PyTree:

@@ -26,8 +26,7 @@ COPY = int(jnp.iinfo(jnp.int32).max) - 1
 FAILED = COPY + 1
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """The evaluated population; after a `tell`, from the best member to the worst."""
 
     population: Float[Array, "population genes"]
@@ -38,8 +37,7 @@ class State:
     generation_counter: Int[Array, ""]
 
 
-@struct.dataclass
-class Params:
+class Params(struct.PyTreeNode):
     """Bounds (a scalar, one value per gene, or a pytree like the genome) and operator settings."""
 
     lower: PyTree = 0.0

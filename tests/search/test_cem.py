@@ -1,6 +1,7 @@
 """CEM: one step against NumPy, optima it must find, and evosax's own machinery around it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,9 @@ def test_evosax_problem_and_restart_controller(getkey):
     problem = BBOBProblem("sphere", num_dims=3, f_opt=0.0, x_opt=jnp.array([1.0, -2.0, 0.5]))
     algorithm = CEM(40, jnp.zeros(3))
     params = algorithm.default_params.replace(std_init=2.0)
-    controller = SimpleRestart((generation_cond,), RestartParams(generation_threshold=30))
+    # Typed for evosax's own classes and states; ours only look like them.
+    conditions: Any = (generation_cond,)
+    controller: Any = SimpleRestart(conditions, RestartParams(generation_threshold=30))
     restarts = controller.init()
     problem_state = problem.init(getkey())
     state = algorithm.init(getkey(), jnp.zeros(3), params)

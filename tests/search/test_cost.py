@@ -22,9 +22,10 @@ SHAPES = [(64, 64), (64, 192), (192, 64)]
     ],
 )
 def test_deployed_rank(shape, fraction, rank):
-    assert cost.deployed_rank(*shape, fraction) == rank
-    assert int(cost.deployed_rank(*shape, float(np.float32(fraction)))) == rank
-    assert int(jax.jit(lambda f: cost.deployed_rank(*shape, f))(fraction)) == rank
+    rows, columns = shape
+    assert cost.deployed_rank(rows, columns, fraction) == rank
+    assert int(cost.deployed_rank(rows, columns, float(np.float32(fraction)))) == rank
+    assert int(jax.jit(lambda f: cost.deployed_rank(rows, columns, f))(fraction)) == rank
 
 
 def test_a_matrix_runs_factored_only_where_that_is_cheaper():
@@ -45,6 +46,7 @@ def test_counts_equal_xla(fraction):
     else:
         compiled = jax.jit(lambda x, u, s, vt: ((x @ u) * s) @ vt).lower(x, u, s, vt).compile()
     measured = compiled.cost_analysis()
+    assert measured is not None
     counted = cost.counts([(rows, columns)], fraction, tokens)
     assert counted.flops == pytest.approx(measured["flops"], rel=1e-6)
     # XLA also counts a pass over the scaled activations, which our model leaves to the cache.

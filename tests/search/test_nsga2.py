@@ -47,6 +47,12 @@ def survivors(state, population, fitness, violation=None):
     return SMALL.tell(jax.random.key(1), population, fitness, state, PARAMS, violation)[0]
 
 
+def same_distribution(ours, theirs):
+    """Two-sample Kolmogorov-Smirnov test at one in a thousand."""
+    _, chance = ks_2samp(np.ravel(ours), np.float32(np.ravel(theirs)))
+    return float(np.asarray(chance)) > 1e-3
+
+
 def test_zdt1_front_in_one_scan(getkey):
     """20,000 evaluations: every point of the true front has a member within 0.05."""
     algorithm = NSGA2(100, jnp.zeros(30))
@@ -248,7 +254,7 @@ def test_crossover_is_distributed_as_in_pymoo(first, second, getkey):
         np.stack([a, b]), low, high, 15 * ones, 0.9 * 0.5, 0.5 * ones, random_state=rng
     )
     for mine, other in zip(ours, theirs, strict=True):
-        assert ks_2samp(np.asarray(mine)[:, 0], np.float32(other)[:, 0]).pvalue > 1e-3
+        assert same_distribution(mine, other)
     total = np.asarray(ours[0] + ours[1])
     assert np.asarray(ours).min() >= 0
     assert np.asarray(ours).max() <= 1
@@ -264,7 +270,7 @@ def test_mutation_is_distributed_as_in_pymoo(gene, getkey):
     theirs = mut_pm(
         genes, low, high, np.full(rows, 20.0), np.full(rows, 0.7), False, random_state=rng
     )
-    assert ks_2samp(np.asarray(ours)[:, 0], np.float32(theirs)[:, 0]).pvalue > 1e-3
+    assert same_distribution(ours, theirs)
     assert np.asarray(ours).min() >= -1
     assert np.asarray(ours).max() <= 3
 

@@ -71,7 +71,7 @@ def test_all_failed_rows_share_rank_zero():
 def test_rank_runs_under_vmap_and_takes_integers():
     fitness = np.stack([sample(40, 2, "tied"), sample(40, 2, "continuous")])
     expected = np.stack([pymoo_rank(f) for f in fitness])
-    np.testing.assert_array_equal(jax.vmap(non_dominated_rank)(fitness), expected)
+    np.testing.assert_array_equal(jax.vmap(non_dominated_rank)(jnp.asarray(fitness)), expected)
     whole = fitness[0].astype(np.int32)
     np.testing.assert_array_equal(rank_of(whole), expected[0])
 
@@ -97,9 +97,11 @@ def test_crowding_equals_pymoo_within_each_rank(rows, objectives, kind):
 def test_crowding_without_ranks_is_one_group_and_failed_rows_have_no_room():
     fitness = sample(30, 2, "continuous")
     want = calc_crowding_distance(fitness.astype(np.float64))
-    np.testing.assert_allclose(crowding_distance(fitness), want, rtol=1e-4)
+    np.testing.assert_allclose(crowding_distance(jnp.asarray(fitness)), want, rtol=1e-4)
     failed = np.concatenate([fitness, np.full((3, 2), np.nan, np.float32)])
-    np.testing.assert_allclose(crowding_distance(failed), np.r_[want, 0, 0, 0], rtol=1e-4)
+    np.testing.assert_allclose(
+        crowding_distance(jnp.asarray(failed)), np.r_[want, 0, 0, 0], rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("objectives", [1, 2, 3, 4])
