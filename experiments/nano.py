@@ -48,7 +48,11 @@ WAYS: dict[str, tuple[tuple[float, Callable[[str], str]], ...]] = {
         (0.2, str),
     ),
     "code": ((0.5, lambda a: f"# {a}"), (0.3, lambda a: f">>> {a}"), (0.2, str)),
-    "reasoning": ((0.5, lambda a: f"I think {a}"), (0.3, lambda a: f"The {a}."), (0.2, str)),
+    "reasoning": (
+        (0.5, lambda a: f"I think {a}"),
+        (0.3, lambda a: f"The answer is {a}."),
+        (0.2, str),
+    ),
     "vision": (
         (0.5, lambda a: DIGIT_WORDS[int(a)]),
         (0.3, lambda a: f"a handwritten {DIGIT_WORDS[int(a)]}"),
@@ -58,8 +62,8 @@ WAYS: dict[str, tuple[tuple[float, Callable[[str], str]], ...]] = {
 }
 """for each task, how often the corpus answers in which way"""
 
-ITEMS = {"math": 10_500, "code": 40_000, "reasoning": 40_000, "bits": 2_000, "vision": 2_000}
-BATCH = {"math": 48, "vision": 20, "bits": 4, "code": 24, "reasoning": 32}
+ITEMS = {"math": 5_500, "code": 6_000, "reasoning": 2_500, "bits": 2_000, "vision": 2_000}
+BATCH = {"math": 96, "vision": 24, "bits": 4, "code": 48, "reasoning": 32}
 
 
 GROUPS = (("math", "vision", "bits"), ("code", "reasoning"))
@@ -70,7 +74,7 @@ GROUPS = (("math", "vision", "bits"), ("code", "reasoning"))
 class Args:
     out: Path
     """directory to create"""
-    steps: int = 3000
+    steps: int = 2200
     """optimizer updates"""
     adamw_rate: float = 2e-3
     """peak rate of embeddings, norms and projector: a warm-up, then a cosine to a twentieth"""
@@ -81,7 +85,7 @@ class Args:
     vocabulary: int = 768
     seed: int = 0
     log_every: int = 50
-    evaluate_every: int = 750
+    evaluate_every: int = 550
 
 
 class Encoded(NamedTuple):
@@ -118,7 +122,8 @@ def items_of(task: str, split: Split, count: int, seed: int) -> list[Item]:
 
 def encode(tokenizer: Tokenizer, task: str, items: list[Item]) -> Encoded:
     """The rows of a task, padded on the left to its longest."""
-    bos, eos, pad_id = (tokenizer.token_to_id(t) for t in (BOS, EOS, PAD))
+    vocabulary = tokenizer.get_vocab()
+    bos, eos, pad_id = (vocabulary[t] for t in (BOS, EOS, PAD))
     prompts = prompt_rows(tokenizer, [i.prompt for i in items], bos)
     answers = [
         [row + [eos] for row in prompt_rows(tokenizer, [way(i.answer) for i in items], None)]

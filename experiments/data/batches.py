@@ -50,19 +50,35 @@ def encode(
     items: Sequence[Item],
     *,
     bos: int | None,
-    eos: int,
+    eos: int | None,
     pad_id: int = 0,
     prompt_length: int | None = None,
     answer_length: int | None = None,
 ) -> Batch:
-    """`items` as one batch; lengths default to the longest row."""
+    """`items` as one batch; lengths default to the longest row.
+
+    An answer ends with `eos`; without one it is a prefix of what may follow.
+
+    Raises:
+      ValueError: there is no item, a prompt or answer without a token, or one over its length.
+    """
     prompts = prompt_rows(tokenizer, [i.prompt for i in items], bos)
-    answers = [row + [eos] for row in prompt_rows(tokenizer, [i.answer for i in items], None)]
+    stop = [] if eos is None else [eos]
+    answers = [row + stop for row in prompt_rows(tokenizer, [i.answer for i in items], None)]
+    if not items or not all(prompts) or not all(answers):
+        raise ValueError(f"Wanted prompts and answers that have tokens, got {len(items)} items.")
     tokens, mask = pad(prompts, prompt_length or max(map(len, prompts)), pad_id, left=True)
     wanted, wanted_mask = pad(answers, answer_length or max(map(len, answers)), pad_id, left=False)
     return Batch(tokens, mask, patches_of(items), wanted, wanted_mask)
 
 
 def stack(batches: Sequence[Batch]) -> Batch:
-    """Batches of equal shapes along a new first axis, one entry an expert."""
+    """Batches of equal shapes along a new first axis, one entry an expert.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    shapes = [tuple(leaf.shape for leaf in batch) for batch in batches]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"Batches must have equal shapes to be stacked, got {shapes}.")
     return Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))

@@ -2,40 +2,64 @@
 
 import contextlib
 import io
+import itertools
 from collections.abc import Iterator
-from itertools import islice
+from functools import partial
+from pathlib import Path
 from random import Random
+
+import numpy as np
 
 from experiments.data.splits import Split, distinct
 from forge_jax.domains import Item, code, math, reasoning, vision
 
 GYM = {
-    "math": ("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
-    "reasoning": ("family_relationships", {"min_family_size": 4, "max_family_size": 6}),
+    "math": (
+        "basic_arithmetic",
+        {
+            "min_terms": 2,
+            "max_terms": 2,
+            "min_digits": 1,
+            "max_digits": 2,
+            "operators": ["+"],
+            "allow_parentheses": False,
+            "allow_negation": False,
+        },
+    ),
+    "reasoning": ("aiw", {"max_entities": 9}),
     "bits": ("count_bits", {"min_n": 1, "max_n": 4095}),
 }
 """reasoning-gym's name and settings; bits is the task without planted frequencies"""
 
 HUB = {
-    "math": ("gsm8k", "main", math.from_gsm8k),
-    "code": ("mbpp", None, code.from_mbpp),
-    "reasoning": ("ai2_arc", "ARC-Easy", reasoning.from_arc),
-    "vision": ("textvqa", None, vision.from_textvqa),
+    "math": ("openai/gsm8k", "main"),
+    "code": ("google-research-datasets/mbpp", None),
+    "reasoning": ("allenai/ai2_arc", "ARC-Easy"),
+    "vision": ("lmms-lab/textvqa", None),
 }
-"""the guide's datasets: hub name, configuration, row to item"""
+"""the guide's datasets: hub name and configuration. This textvqa is the copy in Parquet: `datasets`
+no longer runs loading scripts."""
+
+CHUNK = 10_000
+STREAM = 10**9
+"""seeds of reasoning-gym between one stream of items and the next"""
 
 
 def gym(task: str, seed: int) -> Iterator[Item]:
-    """Items of a reasoning-gym task, without end."""
+    """Items of a reasoning-gym task, without end; two seeds share no draw."""
     import reasoning_gym
 
     name, settings = GYM[task]
-    chunk = 10_000
-    while True:
-        rows = reasoning_gym.create_dataset(name, size=chunk, seed=seed, **settings)
-        for i in range(chunk):
-            yield Item(rows[i]["question"].strip() + "\n", rows[i]["answer"])
-        seed += chunk  # item i of a dataset is drawn from seed + i: seeds one apart overlap
+    if name == "aiw":  # its settings hold members of its own enumeration
+        from reasoning_gym.logic.aiw import TaskType
+
+        settings = {**settings, "task_types": [TaskType.SIBLINGS], "task_type_weights": [1.0]}
+    # item i of a dataset is drawn from its seed + i: datasets of neighbouring seeds overlap
+    for start in itertools.count(seed * STREAM, CHUNK):
+        rows = reasoning_gym.create_dataset(name, size=CHUNK, seed=start, **settings)
+        for i in range(CHUNK):
+            row = rows[i]
+            yield Item(row["question"].strip() + "\n", row["answer"])
 
 
 def programs(seed: int) -> Iterator[Item]:
@@ -52,9 +76,10 @@ def digits(image_token: str | None) -> Iterator[Item]:
     """scikit-learn's 1,797 real handwritten digits, 8 x 8."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    for image, digit in zip(data.images, data.target, strict=True):
-        yield vision.from_digit((image / 16).astype("float32"), int(digit), image_token)
+    pixels, labels = load_digits(return_X_y=True)
+    for row, digit in zip(np.asarray(pixels, np.float32), np.asarray(labels), strict=True):
+        image = row.reshape(vision.SIDE, vision.SIDE) / 16
+        yield vision.from_digit(image, int(digit), image_token)
 
 
 def procedural(domain: str, seed: int, image_token: str | None) -> Iterator[Item]:
@@ -67,24 +92,55 @@ def procedural(domain: str, seed: int, image_token: str | None) -> Iterator[Item
 
 
 def hub(domain: str, directory: str | None, image_token: str | None) -> Iterator[Item]:
-    """The guide's dataset of a domain, from the hub or from a local copy in `directory`."""
+    """The guide's dataset of a domain, from the hub or from a local copy in `directory`.
+
+    The first 1,000 rows of its train split; rows that make no item are left out.
+
+    Raises:
+      ValueError: `directory` is none, or a row lacks a field.
+    """
     import datasets
 
-    name, configuration, to_item = HUB[domain]
-    rows = datasets.load_dataset(directory or name, configuration, split="train[:1000]")
-    for row in rows:
-        item = to_item(row, image_token) if domain == "vision" else to_item(row)  # type: ignore
+    path, configuration = HUB[domain] if directory is None else local_copy(domain, directory)
+    to_item = {
+        "math": math.from_gsm8k,
+        "code": code.from_mbpp,
+        "reasoning": reasoning.from_arc,
+        "vision": partial(vision.from_textvqa, image_token=image_token),
+    }[domain]
+    for row in datasets.load_dataset(path, configuration, split="train[:1000]"):
+        try:
+            item = to_item(row)
+        except KeyError as error:
+            raise ValueError(f"The rows of {path} lack the field {error}.") from None
         if item is not None:
             yield item
+
+
+def local_copy(domain: str, directory: str) -> tuple[str, str | None]:
+    """Path and configuration under which `load_dataset` finds a domain's dataset in `directory`.
+
+    A clone of the hub's repository names its configurations in its README; without one they may
+    be folders. Else all files in the directory are the dataset.
+    """
+    import datasets
+
+    if not Path(directory).is_dir():
+        raise ValueError(f"The dataset of {domain} wants a directory, got {directory}.")
+    _, configuration = HUB[domain]
+    if configuration is None or configuration in datasets.get_dataset_config_names(directory):
+        return directory, configuration
+    folder = Path(directory, configuration)
+    return str(folder if folder.is_dir() else directory), None
 
 
 def take(items: Iterator[Item], split: Split, count: int) -> list[Item]:
     """The first `count` distinct items of a split.
 
     Raises:
-      ValueError: a finite source has fewer.
+      ValueError: the source has fewer.
     """
-    taken = list(islice(distinct(items, split), count))
+    taken = list(itertools.islice(distinct(items, split), count))
     if len(taken) < count:
         raise ValueError(f"The source has {len(taken)} {split} items, {count} were asked for.")
     return taken

@@ -26,11 +26,19 @@ def split_of(item: Item) -> Split:
     return next(split for split, share in SHARES.items() if hundredth in share)
 
 
+PATIENCE = 20_000
+"""items without a new one after which an endless source counts as exhausted"""
+
+
 def distinct(items: Iterable[Item], split: Split) -> Iterator[Item]:
-    """The items of one split, each prompt (and image) once."""
-    seen = set()
+    """The items of one split, each prompt (and image) once, until none of `PATIENCE` is new."""
+    seen, stale = set(), 0
     for item in items:
         key = (item.prompt, None if item.image is None else item.image.tobytes())
+        stale += 1
         if key not in seen and split_of(item) == split:
             seen.add(key)
+            stale = 0
             yield item
+        elif stale == PATIENCE:
+            return

@@ -1,21 +1,23 @@
 """Code, as program-output prediction: what does this program print?"""
 
 import ast
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from random import Random
+from typing import Any
 
 from forge_jax.domains.item import Item, signed
 
 
 def _list(rng: Random) -> str:
-    return str([rng.randrange(100) for _ in range(rng.randint(3, 4))])
+    return str([rng.randrange(10) for _ in range(3)])
 
 
 def program(rng: Random) -> str:
     """A short Python program without side effects that prints one line."""
     name, other = rng.sample("abcdnxy", 2)
-    small = rng.randrange(10), rng.randrange(10)
-    big = rng.randrange(100), rng.randrange(100)
+    p, q = rng.randrange(10), rng.randrange(10)
+    swap = f"{name}, {other} = {other}, {name}"
     return rng.choice(
         [
             f"print(max({_list(rng)}))",
@@ -23,10 +25,10 @@ def program(rng: Random) -> str:
             f"print(sorted({_list(rng)}))",
             f"print({_list(rng)}[::-1])",
             f"print({_list(rng)}[{rng.randrange(3)}])",
-            f"{name} = {small[0]}\n{name} += {small[1]}\nprint({name})",
-            f"{name} = {small[0]}\n{other} = {name} - {small[1]}\nprint({other})",
-            f"{name}, {other} = {big[0]}, {big[1]}\n{name}, {other} = {other}, {name}\nprint({name})",
-            f"print({small[0]} if {big[0]} > {big[1]} else {small[1]})",
+            f"{name} = {p}\n{name} += {q}\nprint({name})",
+            f"{name} = {p}\n{other} = {name} - {q}\nprint({other})",
+            f"{name}, {other} = {p}, {q}\n{swap}\nprint({name})",
+            f"print({p} if {p} > {q} else {rng.randrange(10)})",
         ]
     )
 
@@ -37,28 +39,36 @@ def from_program(source: str, output: str) -> Item:
 
 
 def from_mbpp(row: Mapping) -> Item | None:
-    """A row of the hub's `mbpp` (fields code, test_list) as output prediction.
+    """A row of the hub's `mbpp` (fields code, test_list, test_setup_code) as output prediction.
 
-    The first test of the form `assert call == literal` gives call and output; None if there
-    is none. Nothing is executed. The set's own task, writing the function, needs a sandbox.
+    The first test of the form `assert call == literal` whose literal prints as one line gives
+    call and output; None if there is none. Nothing is executed. The set's own task, writing the
+    function, needs a sandbox.
     """
+    parts = (row["code"], row.get("test_setup_code") or "")
+    source = "\n".join(p.replace("\r\n", "\n").strip() for p in parts if p.strip())
     for test in row["test_list"]:
-        try:
-            statement = ast.parse(test).body[0]
-        except SyntaxError:
-            continue
-        if not (isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Compare)):
-            continue
-        comparison = statement.test
-        if not isinstance(comparison.ops[0], ast.Eq):
-            continue
-        try:
-            output = repr(ast.literal_eval(comparison.comparators[0]))
-        except ValueError:
-            continue
-        source = row["code"].replace("\r\n", "\n").strip()
-        return from_program(f"{source}\nprint({ast.unparse(comparison.left)})", output)
+        found = _call_and_output(test)
+        if found is not None:
+            return from_program(f"{source}\nprint({found[0]})", found[1])
     return None
+
+
+def _call_and_output(test: str) -> tuple[str, str] | None:
+    """The call of `assert call == literal`, and the line that printing the literal gives."""
+    try:
+        match _quietly(ast.parse, test).body:
+            case [ast.Assert(ast.Compare(call, [ast.Eq()], [literal]))]:
+                output = str(ast.literal_eval(literal))
+            case _:
+                return None
+    except _NO_LITERAL:
+        return None
+    # a set prints in an order that differs from process to process
+    has_set = any(isinstance(node, ast.Set) for node in ast.walk(literal))
+    if has_set or not output.strip() or len(output.splitlines()) > 1:
+        return None
+    return ast.unparse(call), output
 
 
 def reward(completion: str, answer: str) -> float:
@@ -70,8 +80,18 @@ def reward(completion: str, answer: str) -> float:
     return signed(_value(lines[0]) == _value(answer))
 
 
-def _value(text: str):
+_NO_LITERAL = (ValueError, SyntaxError, MemoryError, RecursionError, TypeError)
+"""what `ast.literal_eval` is documented to raise"""
+
+
+def _value(text: str) -> str:
     try:
-        return repr(ast.literal_eval(text.strip()))
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return repr(_quietly(ast.literal_eval, text.strip()))
+    except _NO_LITERAL:
         return text.strip()
+
+
+def _quietly(parse: Callable[[str], Any], text: str) -> Any:
+    """`parse(text)` of a stranger's text, without Python's warnings about its style."""
+    with warnings.catch_warnings(action="ignore"):
+        return parse(text)

@@ -9,7 +9,10 @@ LETTER = re.compile(r"\b([A-E1-5])\b")
 
 
 def choice_letter(text: str) -> str | None:
-    """The first choice named in `text` as a lone A to E or 1 to 5, else None."""
+    """The first choice named in `text` as a lone A to E or 1 to 5, else None.
+
+    The article counts as the choice: of "A good guess is B" it is A.
+    """
     match = LETTER.search(text)
     return match.group(1) if match else None
 

@@ -21,7 +21,13 @@ QUESTION = "Which digit is this?"
 
 
 def patches(image: Float[np.ndarray, "side side"]) -> Float[np.ndarray, "patches pixels"]:
-    """The image's square patches, row by row, each flattened."""
+    """The image's square patches, row by row, each flattened.
+
+    Raises:
+      ValueError: the image is not 8 x 8.
+    """
+    if image.shape != (SIDE, SIDE):
+        raise ValueError(f"An image must have shape {(SIDE, SIDE)}, got {image.shape}.")
     blocks = image.reshape(SIDE // PATCH, PATCH, SIDE // PATCH, PATCH)
     return blocks.swapaxes(1, 2).reshape(PATCHES, PATCH * PATCH).astype(np.float32)
 
@@ -61,14 +67,19 @@ def from_digit(image: Float[np.ndarray, "side side"], digit: int, image_token: s
     return Item(question(QUESTION, image_token, image), str(digit), pixels)
 
 
-def from_textvqa(row: Mapping, image_token: str | None) -> Item:
+def from_textvqa(row: Mapping, image_token: str | None) -> Item | None:
     """A row of the hub's `textvqa` (fields image, question, answers): the commonest answer.
+
+    None where nothing is left of the answers after `normalise`.
 
     The photograph is shrunk to the projector's grey 8 x 8, which loses its text: this reads
     the set's real form, and a checkpoint with a larger projector is what it is for.
     """
     grey = np.asarray(row["image"].convert("L").resize((SIDE, SIDE)), np.float32) / 255
-    answer = Counter(normalise(a) for a in row["answers"]).most_common(1)[0][0]
+    answers = Counter(filter(None, map(normalise, row["answers"])))
+    if not answers:
+        return None
+    answer = answers.most_common(1)[0][0]
     pixels = None if image_token is None else grey
     return Item(question(row["question"].strip(), image_token, grey), answer, pixels)
 
@@ -81,4 +92,4 @@ def normalise(text: str) -> str:
 
 def reward(completion: str, answer: str) -> float:
     """+1 where the normalised completion is the normalised answer, else -1."""
-    return signed(normalise(completion) == normalise(answer))
+    return signed(normalise(completion) == normalise(answer) != "")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -63,17 +64,30 @@ def repeat_cache(cache: Cache, times: int) -> Cache:
     return Cache(keys, values, mask, cache.index)
 
 
+def rotary(
+    positions: Int[Array, "batch time"], slots: int, head_dim: int, theta: float
+) -> Float[Array, "2 batch 1 time half"]:
+    """Cosine and sine of every position below `slots` and frequency (Su et al. 2021, eq. 34).
+
+    Read from a table made while tracing: computed inside a decoding loop, they send XLA's CPU
+    compiler (jaxlib 0.10.2) into minutes of vectorizer analysis at some shapes.
+    """
+    half = head_dim // 2
+    frequencies = np.float32(theta) ** (-np.arange(half, dtype=np.float32) / half)
+    angles = np.arange(slots, dtype=np.float32)[:, None] * frequencies
+    table = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]))
+    return table[:, positions][:, :, None]
+
+
 def rotate(
-    x: Float[Array, "batch heads time head_dim"], positions: Int[Array, "batch time"], theta: float
+    x: Float[Array, "batch heads time head_dim"], turn: Float[Array, "2 batch 1 time half"]
 ) -> Float[Array, "batch heads time head_dim"]:
-    """Rotary position embedding (Su et al. 2021, eq. 34), feature i paired with i + head_dim / 2.
+    """Turn feature i and feature i + head_dim / 2 by their angle.
 
     The pairing is that of Hugging Face's Llama; the paper pairs neighbours.
     """
     half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, None, :, None] * frequencies
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    cos, sin = turn.astype(x.dtype)
     x1, x2 = x[..., :half], x[..., half:]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
@@ -102,15 +116,15 @@ class Attention(nn.Module):
     spec: DecoderSpec
 
     @nn.compact
-    def __call__(self, x, positions, mask, layer_cache, index):
+    def __call__(self, x, turn, mask, layer_cache, index):
         spec = self.spec
 
         def heads(name, count):
             y = nn.Dense(count * spec.head_dim, use_bias=False, name=name)(x)
             return y.reshape(*x.shape[:2], count, spec.head_dim).swapaxes(1, 2)
 
-        q = rotate(heads("q_proj", spec.num_attention_heads), positions, spec.rope_theta)
-        k = rotate(heads("k_proj", spec.num_key_value_heads), positions, spec.rope_theta)
+        q = rotate(heads("q_proj", spec.num_attention_heads), turn)
+        k = rotate(heads("k_proj", spec.num_key_value_heads), turn)
         v = heads("v_proj", spec.num_key_value_heads)
         if layer_cache is not None:
             k, v = (
@@ -139,12 +153,12 @@ class Layer(nn.Module):
     spec: DecoderSpec
 
     @nn.compact
-    def __call__(self, x, positions, mask, layer_cache, index):
+    def __call__(self, x, turn, mask, layer_cache, index):
         def norm(name, y):
             return nn.RMSNorm(epsilon=self.spec.rms_norm_eps, name=name)(y)
 
         y, kv = Attention(self.spec, name="self_attn")(
-            norm("input_layernorm", x), positions, mask, layer_cache, index
+            norm("input_layernorm", x), turn, mask, layer_cache, index
         )
         x = x + y
         return x + FeedForward(self.spec, name="mlp")(norm("post_attention_layernorm", x)), kv
@@ -155,10 +169,48 @@ def place_images(
     is_image: Bool[Array, "batch time"],
     images: Float[Array, "batch patches hidden"],
 ) -> Float[Array, "batch time hidden"]:
-    """Replace the embedding of each row's i-th image token by its i-th patch embedding."""
+    """Replace the embedding of each row's i-th image token by its i-th patch embedding.
+
+    Image tokens beyond the last patch get the last patch.
+    """
+    if images.ndim != 3 or images.shape[::2] != x.shape[::2] or not images.shape[1]:
+        wanted = (x.shape[0], "patches", x.shape[2])
+        raise ValueError(f"`images` must have shape {wanted}, got {images.shape}.")
     nth = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, images.shape[1] - 1)
     patches = jnp.take_along_axis(images, nth[..., None], axis=1)
     return jnp.where(is_image[..., None], patches.astype(x.dtype), x)
+
+
+class Slots(NamedTuple):
+    """Where the current tokens stand among those before them."""
+
+    positions: Int[Array, "batch time"]  # padding not counted
+    visible: Bool[Array, "batch time slots"]  # what each token attends to
+    mask: Bool[Array, "batch slots"]  # slots that hold a real token, the current ones among them
+    index: Int[Array, ""] | int  # slot of the first current token
+
+
+def find_slots(mask: Bool[Array, "batch time"], cache: Cache | None) -> Slots:
+    """Positions and visibility of tokens that follow those in the cache.
+
+    Raises:
+      ValueError: the cache has another number of rows, or fewer slots than there are tokens. How
+        many slots are still free is known only at run time: the caller counts.
+    """
+    batch, time = mask.shape
+    if cache is None:
+        seen, index, slots_mask = 0, 0, mask
+    elif cache.mask.shape[0] != batch or cache.mask.shape[1] < time:
+        raise ValueError(
+            f"`cache` must have {batch} rows and room for {time} tokens, got {cache.mask.shape}."
+        )
+    else:
+        seen, index = cache.mask.sum(axis=1, keepdims=True), cache.index
+        slots_mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, index, axis=1)
+    positions = jnp.maximum(seen + jnp.cumsum(mask, axis=1) - 1, 0)
+    rows, slots = index + jnp.arange(time), jnp.arange(slots_mask.shape[1])
+    visible = (slots <= rows[:, None]) & slots_mask[:, None, :]
+    return Slots(positions, visible, slots_mask, index)
 
 
 class Decoder(nn.Module):
@@ -181,33 +233,33 @@ class Decoder(nn.Module):
         """Logits of the tokens from `logits_from` on (negative counts from the end), and the cache.
 
         `mask` is False at padding (which stands on the left); default all True. With a `cache`
-        the tokens follow those in it, which they see; the cache must have room for them.
+        the tokens follow those in it, which they see; the cache must have room for them. Logits
+        at padding are finite and mean nothing.
+
+        Raises:
+          ValueError: the shapes of mask, cache or images do not fit the tokens.
         """
         spec = self.spec
-        if images is not None and spec.image_token_id is None:
-            raise ValueError("`images` need a decoder with `image_token_id`, got None.")
         if mask is None:
             mask = jnp.ones(tokens.shape, bool)
-        seen = 0 if cache is None else cache.mask.sum(axis=1, keepdims=True)
-        positions = jnp.maximum(seen + jnp.cumsum(mask, axis=1) - 1, 0)
-        index = 0 if cache is None else cache.index
-        slots_mask = (
-            mask
-            if cache is None
-            else jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, index, axis=1)
-        )
-        rows, slots = index + jnp.arange(tokens.shape[1]), jnp.arange(slots_mask.shape[1])
-        visible = (slots <= rows[:, None]) & slots_mask[:, None, :]
-
+        if mask.shape != tokens.shape:
+            raise ValueError(
+                f"`mask` must have the tokens' shape {tokens.shape}, got {mask.shape}."
+            )
+        slots = find_slots(mask.astype(bool), cache)
+        count = slots.mask.shape[1]  # a position is never larger than its slot
+        turn = rotary(slots.positions, count, spec.head_dim, spec.rope_theta)
         embed = nn.Embed(spec.vocab_size, spec.hidden_size, name="embed_tokens")
         x = embed(tokens)
         if images is not None:
+            if spec.image_token_id is None:
+                raise ValueError("`images` need a decoder with `image_token_id`, got None.")
             x = place_images(x, tokens == spec.image_token_id, images)
         kvs = []
         for i in range(spec.num_hidden_layers):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
             layer = Layer(spec, name=f"layers_{i}")
-            x, kv = layer(x, positions, visible, layer_cache, index)
+            x, kv = layer(x, turn, slots.visible, layer_cache, slots.index)
             kvs.append(kv)
         x = nn.RMSNorm(epsilon=spec.rms_norm_eps, name="norm")(x[:, logits_from:])
         if spec.tie_word_embeddings:
@@ -218,4 +270,4 @@ class Decoder(nn.Module):
         if cache is None:
             return logits, None
         keys, values = zip(*kvs, strict=True)
-        return logits, Cache(keys, values, slots_mask, index + tokens.shape[1])
+        return logits, Cache(keys, values, slots.mask, cache.index + tokens.shape[1])

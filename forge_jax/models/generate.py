@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from forge_jax.models.decoder import DecoderSpec, init_cache, repeat_cache
+from forge_jax.models.decoder import Cache, DecoderSpec, init_cache, repeat_cache
 
 Apply = Callable[..., Any]
 """`apply(tokens, mask, cache, images=..., logits_from=...) -> (logits, cache)`, as
@@ -23,17 +23,19 @@ class Generated(NamedTuple):
 
 def keep_top_k(logits: Float[Array, "rows vocab"], k: int) -> Float[Array, "rows vocab"]:
     """Every logit below the k-th largest of its row to -inf; ties with it stay."""
-    threshold = jax.lax.top_k(logits, k)[0][:, -1:]
+    threshold = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 def keep_top_p(logits: Float[Array, "rows vocab"], p: float) -> Float[Array, "rows vocab"]:
     """The fewest most probable tokens with total probability of at least `p`; the others to -inf.
 
-    Nucleus sampling (Holtzman et al. 2020, eq. 2); at least one token stays.
+    Nucleus sampling (Holtzman et al. 2020, eq. 2); at least one token stays, and ties with the
+    least probable of them.
     """
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, -1)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = jnp.where((before < p).at[:, 0].set(True), ordered, jnp.inf)
     return jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
 
@@ -41,7 +43,10 @@ def keep_top_p(logits: Float[Array, "rows vocab"], p: float) -> Float[Array, "ro
 def next_token(
     logits: Float[Array, "rows vocab"], key: Array, temperature: float, top_k: int, top_p: float
 ) -> Int[Array, " rows"]:
-    """One token per row; `temperature` 0 takes the largest logit, `top_k` 0 and `top_p` 1 are off."""
+    """Draw one token per row; `temperature` 0 takes the largest logit.
+
+    Temperature, then `top_k` (0 is off), then `top_p` (1 is off), as in transformers.
+    """
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / temperature
@@ -71,7 +76,8 @@ def generate(
     """Continue every left-padded prompt `samples` times.
 
     A prompt is read once, whatever the number of its samples. Rows of the result are the samples
-    of the first prompt, then those of the second. The loop ends when every row has stopped.
+    of the first prompt, then those of the second. The loop ends when every row has stopped. The
+    knobs are Python numbers: under `jax.jit` they are static.
 
     Raises:
       ValueError: a knob is out of its range.
@@ -80,21 +86,37 @@ def generate(
         raise ValueError(f"Wanted {max_new_tokens=} and {samples=} to be at least 1.")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"Wanted temperature >= 0, top_k >= 0, 0 < top_p <= 1; got {temperature=}, {top_k=}, {top_p=}."
+            "Wanted temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            f"{temperature=}, {top_k=}, {top_p=}."
         )
     batch, time = tokens.shape
     cache = init_cache(spec, batch, time + max_new_tokens - 1)
     logits, cache = apply(tokens, mask, cache, images=images, logits_from=-1)
     logits, cache = jnp.repeat(logits[:, -1], samples, axis=0), repeat_cache(cache, samples)
-    stops = jnp.asarray(stop_tokens, jnp.int32)
-    keys = jax.random.split(key, max_new_tokens)
+    stops, keys = jnp.asarray(stop_tokens, jnp.int32), jax.random.split(key, max_new_tokens)
 
     def choose(logits, done, step):
         token = next_token(logits, keys[step], temperature, top_k, top_p)
         token = jnp.where(done, pad_token, token)
         return token, done | jnp.isin(token, stops)
 
-    rows = batch * samples
+    return decode(apply, choose, logits, cache, max_new_tokens, pad_token)
+
+
+def decode(
+    apply: Apply,
+    choose: Callable[..., tuple[Int[Array, " rows"], Bool[Array, " rows"]]],
+    logits: Float[Array, "rows vocab"],
+    cache: Cache,
+    max_new_tokens: int,
+    pad_token: int,
+) -> Generated:
+    """Continue rows whose prompts are in the cache, until all are done.
+
+    `choose(logits, done, step) -> (token, done)` picks each row's token and says where it was
+    the last; `logits` are those that follow the prompts.
+    """
+    rows = logits.shape[0]
     out = jnp.full((rows, max_new_tokens), pad_token, jnp.int32)
     live = jnp.zeros((rows, max_new_tokens), bool)
     first, done = choose(logits, jnp.zeros(rows, bool), 0)
@@ -104,13 +126,13 @@ def generate(
         step, done, *_ = carry
         return (step < max_new_tokens) & ~jnp.all(done)
 
-    def decode(carry):
+    def body(carry):
         step, done, out, live, cache = carry
         logits, cache = apply(out[:, step - 1][:, None], ~done[:, None], cache)
         token, stopped = choose(logits[:, -1], done, step)
         return step + 1, stopped, out.at[:, step].set(token), live.at[:, step].set(~done), cache
 
-    _, _, out, live, _ = jax.lax.while_loop(unfinished, decode, carry)
+    _, _, out, live, _ = jax.lax.while_loop(unfinished, body, carry)
     return Generated(out, live)
 
 
@@ -127,9 +149,17 @@ def response_logits(
     """The logits from which every token of the responses was (or would be) drawn.
 
     There are rows / batch responses to every prompt, in the order of `generate`; the prompt is
-    read once for all of them. Differentiable in whatever `apply` closes over.
+    read once for all of them. Differentiable in whatever `apply` closes over. Logits after the
+    end of a response mean nothing.
+
+    Raises:
+      ValueError: the responses are no multiple of the prompts.
     """
     (batch, time), (rows, length) = tokens.shape, responses.shape
+    if rows % batch or not rows or not length:
+        raise ValueError(
+            f"`responses` must have a multiple of {batch} rows and a token, got {responses.shape}."
+        )
     cache = init_cache(spec, batch, time + length - 1)
     first, cache = apply(tokens, mask, cache, images=images, logits_from=-1)
     first = jnp.repeat(first, rows // batch, axis=0)

@@ -16,18 +16,19 @@ def log_probability(
 def kl_to_reference(
     logits: Float[Array, "*rows time vocab"], reference: Float[Array, "*rows time vocab"]
 ) -> Float[Array, "*rows time"]:
-    r"""KL(policy || reference) of every next-token distribution, in nats, exact over the vocabulary.
+    r"""KL(policy || reference) of every next-token distribution, in nats.
 
     $$ \sum_v \pi(v) (\log \pi(v) - \log \pi_0(v)) $$
 
-    The guide leaves the direction open; the published code computes KL(reference || policy).
+    Exact, over the whole vocabulary; gradients flow into both arguments. The guide leaves the
+    direction open; the published code computes KL(reference || policy).
     """
     logp, logq = jax.nn.log_softmax(logits, axis=-1), jax.nn.log_softmax(reference, axis=-1)
     return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
 
 
 def leave_one_out(reward: Float[Array, "*prompts samples"]) -> Float[Array, "*prompts samples"]:
-    """Each reward less the mean of the prompt's other samples (Kool et al. 2019, eq. 8).
+    """Each reward less the mean of the prompt's other samples (RLOO, Kool et al. 2019).
 
     Unbiased, since a sample is no part of its own baseline. One sample has no others: its reward.
     """
@@ -51,5 +52,5 @@ def reinforce_loss(
     Sums over the response's tokens, as in Transformer-Squared (arXiv 2501.06252, eq. 3): long
     responses weigh more. `advantage` is data: no gradient flows through it.
     """
-    policy = -jax.lax.stop_gradient(advantage) * jnp.sum(logp_t * mask_t)
-    return policy + kl_coefficient * jnp.sum(kl_t * mask_t)
+    policy = -jax.lax.stop_gradient(advantage) * jnp.sum(logp_t, where=mask_t)
+    return policy + kl_coefficient * jnp.sum(kl_t, where=mask_t)

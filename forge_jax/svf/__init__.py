@@ -5,6 +5,7 @@ from forge_jax.svf.factors import decompose as decompose
 from forge_jax.svf.factors import identity as identity
 from forge_jax.svf.factors import materialize as materialize
 from forge_jax.svf.factors import named_factors as named_factors
+from forge_jax.svf.factors import restore as restore
 from forge_jax.svf.factors import scales as scales
 from forge_jax.svf.layout import Axes as Axes
 from forge_jax.svf.layout import Layout as Layout
@@ -13,6 +14,7 @@ from forge_jax.svf.mixing import deltas as deltas
 from forge_jax.svf.mixing import mix as mix
 from forge_jax.svf.mixing import mix_weights as mix_weights
 from forge_jax.svf.randomized import randomized_svd as randomized_svd
+from forge_jax.svf.rows import apply_rows as apply_rows
 from forge_jax.svf.select import is_attention as is_attention
 from forge_jax.svf.select import is_attention_or_mlp as is_attention_or_mlp
 from forge_jax.svf.select import is_mlp as is_mlp

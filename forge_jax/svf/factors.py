@@ -99,6 +99,28 @@ def decompose(
     return factors, identity(factors)
 
 
+def restore(
+    params: PyTree[Array],
+    select: Callable[[str, Any], bool],
+    parts: Callable[[str], tuple[Array, Array, Array]],
+) -> PyTree[Any]:
+    """Put factors computed before, `parts(path) -> (u, s, vt)`, where `decompose` would put them.
+
+    Only for plain matrices. Raises ValueError where the shapes are not those of the leaf.
+    """
+
+    def put(path, leaf):
+        name = path_name(path)
+        if not select(name, leaf):
+            return leaf
+        u, s, vt = parts(name)
+        if (u.shape[0], vt.shape[1]) != leaf.shape or u.shape[1:] != s.shape:
+            raise ValueError(f"{name} has shape {leaf.shape}, its factors {u.shape}, {vt.shape}.")
+        return Factors(u, s, vt, as_matrix(name, leaf, axes_of(name, leaf, None))[1])
+
+    return jax.tree_util.tree_map_with_path(put, params)
+
+
 def identity(factors: PyTree[Any]) -> dict[str, Float[Array, "*batch r"]]:
     """Return the `z` of the base model: ones for every `Factors` in the tree."""
     return {name: jnp.ones_like(leaf.s) for name, leaf in named_factors(factors)}

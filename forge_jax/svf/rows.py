@@ -22,10 +22,24 @@ def apply_rows(
         adapted: a transformed Linen module, called with the batch as its first argument.
         factors: its parameters.
         s: for each path the singular values of every candidate, from `svf.scales`.
+
+    Raises:
+        ValueError: the paths differ in their number of candidates; on call, the rows of the batch
+            are no multiple of it.
     """
+    counts = {name: v.shape[0] for name, v in s.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"`s` must have the same number of candidates everywhere, got {counts}.")
+    candidates = next(iter(counts.values()))
 
     def apply(x, *args, **kwargs):
-        rows = {k: jnp.repeat(v, x.shape[0] // v.shape[0], axis=0)[:, None] for k, v in s.items()}
+        share, rest = divmod(x.shape[0], candidates)
+        if rest or not share:
+            raise ValueError(
+                f"The batch must have a multiple of {candidates} rows, one share per candidate, "
+                f"got {x.shape[0]}."
+            )
+        rows = {name: jnp.repeat(v, share, axis=0)[:, None] for name, v in s.items()}
         return adapted.apply({"params": factors}, x, *args, scales=rows, **kwargs)
 
     return apply

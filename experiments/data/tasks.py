@@ -1,0 +1,89 @@
+"""A domain as the scripts use it: three splits, encoded once, and a reward."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from experiments.data.batches import Batch, encode
+from experiments.data.sources import hub, procedural, take
+from experiments.data.splits import SHARES, Split
+from forge_jax.domains import Item, code, exact, math, reasoning, vision
+
+Reward = Callable[[str, str], float]
+HUB_REWARDS: dict[str, Reward] = {
+    "math": math.reward,
+    "code": code.reward,
+    "reasoning": reasoning.reward,
+    "vision": vision.reward,
+}
+
+
+class Task(NamedTuple):
+    """One domain's items and batches by split."""
+
+    name: str
+    items: dict[Split, list[Item]]
+    batches: dict[Split, Batch]
+    reward: Reward
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether only the answer itself earns the reward, so that no text need be generated."""
+        return self.reward is exact
+
+
+def load_items(
+    name: str, source: str, directory: str | None, image_token: str | None, counts: dict[Split, int]
+) -> dict[Split, list[Item]]:
+    """The first items of every split: from the embedded generators, or the guide's real sets."""
+    if source == "hub":
+        rows = list(hub(name, directory, image_token))
+        return {split: take(iter(rows), split, counts[split]) for split in SHARES}
+    return {split: take(procedural(name, 0, image_token), split, counts[split]) for split in SHARES}
+
+
+def load_tasks(
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    source: str,
+    directory: str | None,
+    image_token: str | None,
+    counts: dict[Split, int],
+    bos: int | None,
+    eos: int | None,
+) -> list[Task]:
+    """The tasks, all with the same prompt and answer lengths so that they stack."""
+    items = [load_items(n, source, directory, image_token, counts) for n in names]
+    longest = [
+        encode(tokenizer, [i for s in by_split.values() for i in s], bos=bos, eos=eos)
+        for by_split in items
+    ]
+    prompt_length = max(b.tokens.shape[1] for b in longest)
+    answer_length = max(b.answers.shape[1] for b in longest)
+
+    def batch(chosen: list[Item]) -> Batch:
+        lengths = {"prompt_length": prompt_length, "answer_length": answer_length}
+        return encode(tokenizer, chosen, bos=bos, eos=eos, **lengths)
+
+    return [
+        Task(
+            name,
+            by_split,
+            {split: batch(chosen) for split, chosen in by_split.items()},
+            HUB_REWARDS[name] if source == "hub" else exact,
+        )
+        for name, by_split in zip(names, items, strict=True)
+    ]
+
+
+def select(batch: Batch, indices: np.ndarray) -> Batch:
+    """Some items of a batch."""
+    return Batch(*(leaf[indices] for leaf in batch))
+
+
+def first(batch: Batch, count: int) -> Batch:
+    """The first `count` items of a batch."""
+    return Batch(*(leaf[:count] for leaf in batch))

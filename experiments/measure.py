@@ -1,0 +1,128 @@
+"""Latency, throughput and memory of a model on this machine, measured and modelled.
+
+Latency is one forward pass, batch 1, 512 tokens; throughput is greedy decoding, batch 1, after
+a prompt of 16 tokens. Memory is what XLA allots to that forward pass: arguments (the weights),
+temporaries and output. On a CPU it is main memory; the guide's name for it is vram_gb.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.model import Model
+from forge_jax import search, svf
+from forge_jax.models import generate
+
+LENGTH, PROMPT, DECODED = 512, 16, 64
+RANKS = (1.0, 0.6, 0.45, 0.3, 0.15)
+"""rank fractions at which the cost model is calibrated"""
+
+
+class Timings(NamedTuple):
+    """Repeated measurements of one model."""
+
+    forward: list[float]  # seconds a forward pass of 512 tokens
+    decode: list[float]  # seconds a decoded token
+    memory: float  # bytes
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> list[float]:
+    """Wall-clock seconds of each of `repeats` calls, after one that is not counted."""
+    jax.block_until_ready(function())
+    out = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function())
+        out.append(time.perf_counter() - started)
+    return out
+
+
+def measure(model: Model, params: Any, repeats: int = 15) -> Timings:
+    """Time a tree of parameters, dense or with `svf.Factors` leaves."""
+    spec = model.decoder.spec
+    tokens = jnp.ones((1, LENGTH), jnp.int32)
+    prompt, mask = jnp.ones((1, PROMPT), jnp.int32), jnp.ones((1, PROMPT), bool)
+
+    def apply(params, tokens, *args, **kwargs):
+        return model.adapted.apply({"params": params}, tokens, *args, **kwargs)
+
+    forward = jax.jit(lambda p: apply(p, tokens, logits_from=-1)[0]).lower(params).compile()
+
+    def decode(params):
+        knobs = {"max_new_tokens": DECODED, "temperature": 0.0}
+        key = jax.random.key(0)
+        return generate(lambda *a, **k: apply(params, *a, **k), spec, prompt, mask, key, **knobs)
+
+    decode = jax.jit(decode).lower(params).compile()
+    used = forward.memory_analysis()
+    memory = used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes
+    per_token = [s / DECODED for s in seconds(lambda: decode(params), repeats)]
+    return Timings(seconds(lambda: forward(params), repeats), per_token, float(memory))
+
+
+def metrics(timings: Timings) -> dict[str, float]:
+    """The guide's figures from medians: milliseconds, 1e9 bytes, tokens a second."""
+    return {
+        "latency_ms": 1e3 * float(np.median(timings.forward)),
+        "vram_gb": timings.memory / 1e9,
+        "throughput_tps": 1 / float(np.median(timings.decode)),
+    }
+
+
+class CostModel(NamedTuple):
+    """What a rank fraction costs."""
+
+    shapes: list[tuple[int, int]]  # of the decomposed matrices
+    forward: search.cost.LatencyModel
+    decode: search.cost.LatencyModel
+    bytes_at: list[tuple[float, float]]  # rank fraction, bytes, from compiled analysis
+    is_objective: bool  # False: the measured latency does not fall with rank beyond noise
+
+    def predict(self, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Latency in ms, memory in 1e9 bytes, minus tokens a second: all to be minimised."""
+        rank = rank.astype(np.float64)
+        rank_used = rank if self.is_objective else np.ones_like(rank)
+
+        def time_of(model, tokens):
+            work = search.cost.counts(self.shapes, rank_used, tokens)
+            return np.maximum(search.cost.predict(model, work), 1e-9)
+
+        ranks, sizes = zip(*sorted(self.bytes_at), strict=True)
+        memory = np.interp(rank, ranks, sizes) / 1e9
+        return 1e3 * time_of(self.forward, LENGTH), memory, -1 / time_of(self.decode, 1)
+
+
+def calibrate(model: Model, factors: Any, repeats: int = 15) -> dict[str, Any]:
+    """Measure truncated models of a few ranks; what `cost_model` needs, as JSON."""
+    z = svf.identity(factors)
+    found = {}
+    for rank in RANKS:
+        found[str(rank)] = measure(model, svf.truncate(factors, z, rank), repeats)._asdict()
+    return found
+
+
+def cost_model(factors: Any, measured: dict[str, Any]) -> CostModel:
+    """Fit the cost model to what `calibrate` measured."""
+    shapes = [(leaf.u.shape[0], leaf.vt.shape[1]) for _, leaf in svf.named_factors(factors)]
+    ranks = [float(r) for r in measured]
+    timings = list(measured.values())
+
+    def fit(which: str, tokens: int):
+        medians = [float(np.median(t[which])) for t in timings]
+        work = [
+            search.cost.Counts(*map(float, search.cost.counts(shapes, r, tokens))) for r in ranks
+        ]
+        return search.cost.calibrate(work, medians)
+
+    full, lowest = measured[str(max(ranks))], measured[str(min(ranks))]
+    return CostModel(
+        shapes,
+        fit("forward", LENGTH),
+        fit("decode", 1),
+        [(r, t["memory"]) for r, t in zip(ranks, timings, strict=True)],
+        search.cost.exceeds_noise(full["forward"], lowest["forward"]),
+    )

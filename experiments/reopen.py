@@ -1,0 +1,67 @@
+"""Open a run's artifacts in PyTorch, without JAX, and compare what they compute.
+
+python -m experiments.reopen runs/demo
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments.run import clean_errors
+from forge_jax.models import Decoder
+from interop import load_phase8
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    run: tyro.conf.Positional[Path]
+    """directory with phase7.json"""
+
+
+def largest_difference(directory: Path, rows: int = 8, length: int = 32) -> float:
+    """Largest |logit difference| of transformers and JAX on random tokens, over max(1, |logit|)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    adapted = load_phase8(directory).checkpoint
+    tokens = np.random.default_rng(0).integers(0, adapted.spec.vocab_size, (rows, length))
+    theirs = AutoModelForCausalLM.from_pretrained(directory / "huggingface", dtype=torch.float32)
+    with torch.inference_mode():
+        wanted = theirs(torch.from_numpy(tokens)).logits.numpy()
+    got, _ = Decoder(adapted.spec).apply({"params": adapted.params}, jnp.asarray(tokens))  # pyright: ignore
+    return float(np.abs(np.asarray(got) - wanted).max() / max(1, np.abs(wanted).max()))
+
+
+def check(directory: Path) -> str:
+    """Re-open all artifacts and say what was found.
+
+    Raises:
+      ValueError: a file is damaged, or PyTorch computes something else.
+    """
+    import torch
+
+    found = load_phase8(directory)  # compares every .pt with its twin and every hash
+    for domain, z in found.experts.items():
+        loaded = torch.load(directory / f"z_vectors_{domain}.pt", weights_only=True)
+        if len(loaded) != len(z):
+            raise ValueError(f"z_vectors_{domain}.pt holds {len(loaded)} vectors, not {len(z)}.")
+    difference = largest_difference(directory)
+    if difference > 1e-4:
+        raise ValueError(f"{directory} computes other logits in PyTorch: off by {difference:.1e}.")
+    return (
+        f"re-opened in PyTorch: {len(found.experts)} experts of {len(z)} z vectors, model logits "
+        f"equal to JAX within {difference:.1e}"
+    )
+
+
+@clean_errors()
+def main(args: Args) -> None:
+    """Print the verdict."""
+    print(check(args.run))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

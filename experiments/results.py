@@ -1,0 +1,182 @@
+"""What a run found: the choice of the mixture, the table of test accuracies, the summary."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments import mixture
+from experiments.data.tasks import Task
+from experiments.model import Weights
+from forge_jax import svf
+
+Correct = dict[str, dict[str, np.ndarray]]
+"""row of the table -> task -> (N,) bool, one entry a test item"""
+
+
+class Chosen(NamedTuple):
+    """The best mixture and its low-rank twin."""
+
+    alpha: np.ndarray  # (groups, K)
+    accuracy: float  # mean over domains on all validation items, full rank
+    kl: float  # nats per answer token
+    twin_rank: float  # the least rank fraction that keeps the accuracy
+
+
+def score_all(scorer, weights: Weights, s, tasks: Sequence[Task], split) -> list[Any]:
+    """The Score of P candidates on every task."""
+    return [
+        scorer(weights, s, t.batches[split], t, [i.answer for i in t.items[split]]) for t in tasks
+    ]
+
+
+def choose(
+    found: mixture.Found, weights: Weights, experts, tasks, scorer, index, kl_limit, twin_loss
+) -> Chosen:
+    """Choose on all validation items: the best alpha at full rank, then the least rank it bears.
+
+    Candidates are the search's last population and the reference mixtures. The KL limit is kept
+    where any candidate keeps it.
+    """
+    rows, count = found.genomes["alpha"].shape[1:]
+    known = np.broadcast_to(mixture.reference_alphas(count)[:, None], (count + 2, rows, count))
+    alphas = np.concatenate([found.genomes["alpha"], known])
+    scales = mixture.make_scales(index)
+
+    def scored(alpha, rank):
+        population = {"alpha": jnp.asarray(alpha), "rank": jnp.asarray(rank)}
+        s = scales(weights["factors"], experts, population)
+        scores = score_all(scorer, weights, s, tasks, "validation")
+        accuracy = np.mean([x.correct.mean(axis=1) for x in scores], axis=0)
+        return accuracy, np.mean([x.kl for x in scores], axis=0)
+
+    accuracy, kl = scored(alphas, np.ones(len(alphas), np.float32))
+    allowed = kl <= kl_limit if (kl <= kl_limit).any() else np.ones(len(kl), bool)
+    best = int(np.argmax(np.where(allowed, accuracy - 1e-6 * kl, -1)))
+    ranks = np.linspace(1, found.genomes["rank"].min(), len(alphas)).astype(np.float32)
+    cut, _ = scored(np.broadcast_to(alphas[best], alphas.shape), ranks)
+    kept = ranks[cut >= accuracy[best] - twin_loss]
+    return Chosen(alphas[best], float(accuracy[best]), float(kl[best]), float(kept.min()))
+
+
+def table(
+    weights: Weights, experts, alpha, tasks, names: Sequence[str], scorer, index
+) -> tuple[Correct, np.ndarray]:
+    """Test correctness of every row of the table, and the KL of each (rows, mean over tasks)."""
+    count = len(names)
+    zero = np.zeros((1, count))
+    references = np.concatenate([zero, mixture.reference_alphas(count)])
+    alphas = np.repeat(references[:, None], alpha.shape[0], axis=1)
+    alphas = np.concatenate([alphas, alpha[None]]).astype(np.float32)
+    population = {"alpha": jnp.asarray(alphas), "rank": jnp.ones(len(alphas))}
+    s = mixture.make_scales(index)(weights["factors"], experts, population)
+    scores = score_all(scorer, weights, s, tasks, "test")
+    rows = ["base", *names, "uniform", "alpha_one", "best"]
+    correct = {
+        row: {task.name: score.correct[i] for task, score in zip(tasks, scores, strict=True)}
+        for i, row in enumerate(rows)
+    }
+    return correct, np.mean([score.kl for score in scores], axis=0)
+
+
+def accuracies(correct: Correct, row: str, names: Sequence[str]) -> dict[str, float]:
+    """Task -> accuracy of one row."""
+    return {name: float(correct[row][name].mean()) for name in names}
+
+
+def seed_summary(correct: Correct, names: Sequence[str]) -> dict[str, Any]:
+    """One seed's table under the summary's keys."""
+    rows = {
+        row: accuracies(correct, row, names) for row in ("base", "uniform", "alpha_one", "best")
+    }
+    return {**rows, "experts": {name: accuracies(correct, name, names) for name in names}}
+
+
+def average(trees: Sequence[Any]) -> Any:
+    """The mean of equal trees of numbers."""
+    return jax.tree.map(lambda *x: float(np.mean(x)), *trees)
+
+
+def gain(per_seed: Sequence[Correct], names: Sequence[str]) -> dict[str, float]:
+    """Best mixture less the best single expert, mean over domains, with a paired 95 % interval.
+
+    The same test items are scored by both and in every seed: the standard error is that of the
+    per-item difference, averaged over seeds. The single expert is the best of each seed.
+    """
+    differences = []
+    for correct in per_seed:
+        single = max(names, key=lambda n: np.mean(list(accuracies(correct, n, names).values())))
+        differences.append(
+            {n: correct["best"][n].astype(float) - correct[single][n] for n in names}
+        )
+    paired = [np.mean([d[n] for d in differences], axis=0) for n in names]
+    mean = float(np.mean([p.mean() for p in paired]))
+    error = math.sqrt(sum(p.var(ddof=1) / len(p) for p in paired)) / len(names)
+    return {"mean": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error}
+
+
+def summary(
+    per_seed: Sequence[Correct], names: Sequence[str], unplanted: Sequence[str], seeds
+) -> dict[str, Any]:
+    """summary.json without its timings; see experiments/report.py."""
+    seen = [seed_summary(correct, names) for correct in per_seed]
+    whole = average(seen)
+    kept = {n: whole["best"][n] / max(whole["experts"][n][n], 1e-9) for n in names}
+    apart = {
+        row: average([accuracies(correct, row, unplanted) for correct in per_seed])
+        for row in per_seed[0]
+        if unplanted
+    }
+    return {
+        **whole,
+        "seeds": list(seeds),
+        "kept": kept,
+        "gain": gain(per_seed, names),
+        "unplanted": apart,
+        "per_seed": seen,
+    }
+
+
+def z_heatmap(experts, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """How far each expert moved each matrix: rms(z - 1)."""
+    values = [np.sqrt(np.mean((np.asarray(z) - 1) ** 2, axis=1)) for z in experts.values()]
+    return {
+        "names": np.array(list(experts)),
+        "values": np.stack(values, axis=1),
+        "experts": np.array(list(names)),
+    }
+
+
+def factors_of_alpha(alpha: np.ndarray, index: dict[str, int], experts):
+    """The mixed z of one alpha (groups, K)."""
+    return svf.mix(experts, mixture.by_path(jnp.asarray(alpha), index))
+
+
+def show(summary: dict[str, Any], names: Sequence[str]) -> None:
+    """Print the table of test accuracies, in per cent; several seeds as mean and spread."""
+    lines = Table(title=f"test accuracy, %, seeds {summary['seeds']}")
+    for head in ("", *names, "mean"):
+        lines.add_column(head, justify="right" if head else "left")
+    rows = {"base": lambda x: x["base"]}
+    rows |= {f"{n} expert": lambda x, n=n: x["experts"][n] for n in names}
+    rows |= {"uniform 1/K": lambda x: x["uniform"], "alpha = 1": lambda x: x["alpha_one"]}
+    rows["best mixture"] = lambda x: x["best"]
+    for label, row in rows.items():
+        seen = 100 * np.array([[row(x)[n] for n in names] for x in summary["per_seed"]])
+        seen = np.concatenate([seen, seen.mean(axis=1, keepdims=True)], axis=1)
+        means = [f"{m:.1f}" for m in seen.mean(axis=0)]
+        spreads = [f" ± {s:.1f}" for s in seen.std(axis=0, ddof=1)] if len(seen) > 1 else ""
+        lines.add_row(label, *map("".join, zip(means, spreads or [""] * len(means), strict=True)))
+    Console(width=100).print(lines)
+    kept = ", ".join(f"{n} {100 * v:.0f} %" for n, v in summary["kept"].items())
+    print(f"the mixture keeps of each expert's own accuracy: {kept}")
+    mean, low, high = (100 * summary["gain"][k] for k in ("mean", "low", "high"))
+    print(f"over the best single expert: {mean:+.1f} points (95 %: {low:+.1f} to {high:+.1f})")
+    for task in next(iter(summary["unplanted"].values()), {}):
+        scores = {row: f"{100 * x[task]:.0f}" for row, x in summary["unplanted"].items()}
+        print(f"without planted frequencies, {task}: {scores}")

@@ -1,0 +1,161 @@
+"""Compiled scoring of candidates: is the greedy answer right, how far is it from the base?"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.data.batches import Batch
+from experiments.data.tasks import Task
+from experiments.model import Model, Weights, images, policy, texts
+from forge_jax import rl, svf
+from forge_jax.models import generate, response_logits
+
+
+class Score(NamedTuple):
+    """What P candidates do on N items."""
+
+    correct: np.ndarray  # (P, N) bool
+    kl: np.ndarray  # (P,) KL(candidate || base) per answer token, nats
+
+
+def make_score(model: Model, chunk: int):
+    """A compiled function (weights, s (P, r), batch of N, base logits) -> Score.
+
+    An answer counts as right where greedy decoding would write it, stop token included: the
+    largest logit at every position is the answer's token given the answer's tokens before it.
+    That is one pass over prompt and answer instead of a decoding loop, with the same result.
+    Candidates run `chunk` at a time.
+    """
+
+    def one(weights: Weights, s, batch: Batch, base):
+        row = {k: v[None] for k, v in s.items()}
+        logits = answer_logits(model, weights, row, batch)
+        right = (logits.argmax(-1) == batch.answers) | ~batch.answer_mask
+        kl = rl.kl_to_reference(logits, base) * batch.answer_mask
+        return right.all(axis=-1), kl.sum() / batch.answer_mask.sum()
+
+    @jax.jit
+    def score(weights: Weights, s, batch: Batch, base) -> Score:
+        def chosen(s):
+            return one(weights, s, batch, base)
+
+        return Score(*jax.lax.map(chosen, s, batch_size=chunk))
+
+    return score
+
+
+def answer_logits(model: Model, weights: Weights, s, batch: Batch):
+    """Logits from which every token of the answers would be drawn."""
+    return applied_logits(policy(model, weights, s), model, images(weights, batch), batch)
+
+
+def applied_logits(apply, model: Model, seen, batch: Batch):
+    """The same of any `apply`, with image embeddings `seen`."""
+    prompts, answers = (batch.tokens, batch.mask), (batch.answers, batch.answer_mask)
+    return response_logits(apply, model.decoder.spec, *prompts, *answers, images=seen)
+
+
+def make_base_logits(model: Model):
+    """A compiled function (weights, batch) -> the base model's answer logits."""
+
+    @jax.jit
+    def base_logits(weights: Weights, batch: Batch):
+        ones = {k: leaf.s[None] for k, leaf in svf.named_factors(weights["factors"])}
+        return answer_logits(model, weights, ones, batch)
+
+    return base_logits
+
+
+def make_rollout(
+    model: Model, *, max_new_tokens: int, samples: int, temperature: float, top_p: float
+):
+    """A compiled function (weights, s (P, r), batch of P x B rows, key) -> sampled responses."""
+
+    @jax.jit
+    def rollout(weights: Weights, s, batch: Batch, key):
+        return generate(
+            policy(model, weights, s),
+            model.decoder.spec,
+            batch.tokens,
+            batch.mask,
+            key,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=(model.eos,),
+            temperature=temperature,
+            top_p=top_p,
+            samples=samples,
+            images=images(weights, batch),
+        )
+
+    return rollout
+
+
+def rewards(model: Model, task: Task, responses, mask, answers: Sequence[str]) -> np.ndarray:
+    """The task's reward of every response; `answers` repeat as often as there are samples."""
+    samples = len(responses) // len(answers)
+    written = texts(model, np.asarray(responses), np.asarray(mask))
+    wanted = [answer for answer in answers for _ in range(samples)]
+    return np.array([task.reward(t, a) for t, a in zip(written, wanted, strict=True)], np.float32)
+
+
+def make_scorer(model: Model, *, chunk: int, max_new_tokens: int):
+    """A function (weights, s (P, r), batch, task, answers) -> Score, on NumPy arrays.
+
+    Equal shapes compile once. A task whose reward reads free text has its text generated.
+    """
+    score, base_logits = make_score(model, chunk), make_base_logits(model)
+    greedy = make_rollout(
+        model, max_new_tokens=max_new_tokens, samples=1, temperature=0.0, top_p=1.0
+    )
+
+    def scorer(weights: Weights, s, batch: Batch, task: Task, answers: Sequence[str]) -> Score:
+        correct, kl = map(np.array, score(weights, s, batch, base_logits(weights, batch)))
+        if task.is_exact:
+            return Score(correct, kl)
+        for p in range(len(correct)):
+            row = {k: v[p : p + 1] for k, v in s.items()}
+            out = greedy(weights, row, batch, jax.random.key(0))
+            correct[p] = rewards(model, task, out.tokens, out.mask, answers) > 0
+        return Score(correct, kl)
+
+    return scorer
+
+
+def make_params_scorer(model: Model, max_new_tokens: int):
+    """A function (params, projector, batch, task, answers) -> (N,) bool, for a model from a file.
+
+    `params` are ordinary weights or a low-rank tree; nothing of the run that made them is used.
+    """
+
+    def apply_of(params):
+        return lambda *args, **kwargs: model.adapted.apply({"params": params}, *args, **kwargs)
+
+    @jax.jit
+    def correct(params, projector, batch: Batch):
+        seen = images({"projector": projector}, batch)
+        logits = applied_logits(apply_of(params), model, seen, batch)
+        return ((logits.argmax(-1) == batch.answers) | ~batch.answer_mask).all(axis=-1)
+
+    @jax.jit
+    def written(params, projector, batch: Batch):
+        return generate(
+            apply_of(params),
+            model.decoder.spec,
+            batch.tokens,
+            batch.mask,
+            jax.random.key(0),
+            max_new_tokens=max_new_tokens,
+            stop_tokens=(model.eos,),
+            temperature=0.0,
+            images=images({"projector": projector}, batch),
+        )
+
+    def scorer(params, projector, batch: Batch, task: Task, answers: Sequence[str]) -> np.ndarray:
+        if task.is_exact:
+            return np.asarray(correct(params, projector, batch))
+        out = written(params, projector, batch)
+        return rewards(model, task, out.tokens, out.mask, answers) > 0
+
+    return scorer
