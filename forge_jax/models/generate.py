@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from forge_jax.models.decoder import Cache, DecoderSpec, init_cache, repeat_cache
@@ -92,7 +93,9 @@ def generate(
     batch, time = tokens.shape
     cache = init_cache(spec, batch, time + max_new_tokens - 1)
     logits, cache = apply(tokens, mask, cache, images=images, logits_from=-1)
-    logits, cache = jnp.repeat(logits[:, -1], samples, axis=0), repeat_cache(cache, samples)
+    # a gather: XLA's CPU backend compiles argmax of jnp.repeat for minutes (vocabulary 19 or 23)
+    prompt_of_row = np.repeat(np.arange(batch), samples)
+    logits, cache = logits[prompt_of_row, -1], repeat_cache(cache, samples)
     stops, keys = jnp.asarray(stop_tokens, jnp.int32), jax.random.split(key, max_new_tokens)
 
     def choose(logits, done, step):
@@ -162,7 +165,7 @@ def response_logits(
         )
     cache = init_cache(spec, batch, time + length - 1)
     first, cache = apply(tokens, mask, cache, images=images, logits_from=-1)
-    first = jnp.repeat(first, rows // batch, axis=0)
+    first = first[np.repeat(np.arange(batch), rows // batch)]
     if length == 1:
         return first
     cache = repeat_cache(cache, rows // batch)
