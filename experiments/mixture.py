@@ -176,9 +176,7 @@ def find(
         (state, history),
     )
     with runs.progress(settings.generations, f"search, seed {seed}", initial=generation) as advance:
-        while generation < settings.generations and not search.converged(
-            [float(v) for v in history[: generation + 1]]
-        ):
+        while generation < settings.generations and not stands_still(history[: generation + 1]):
             ask_key, tell_key = jax.random.split(jax.random.fold_in(key, generation))
             population, state = method.ask(ask_key, state, params)
             scored, kl, missed = evaluate(population)
@@ -244,10 +242,15 @@ def find_cem(
     return found
 
 
+def stands_still(history: np.ndarray) -> bool:
+    """Whether the hypervolume has converged, once there is one."""
+    return history[-1] > 0 and search.converged([float(v) for v in history])
+
+
 def volume(state, reference: np.ndarray) -> float:
-    """Hypervolume of the first front."""
-    front = np.asarray(state.fitness)[np.asarray(state.rank) == 0]
-    return search.hypervolume(front, reference)
+    """Hypervolume of the first front where it keeps the limits; 0 before any candidate does."""
+    front = (np.asarray(state.rank) == 0) & (np.asarray(state.violation) == 0)
+    return search.hypervolume(np.asarray(state.fitness)[front], reference) if front.any() else 0.0
 
 
 def row(state, generation: int, hypervolume: float, seed: int) -> dict[str, float]:

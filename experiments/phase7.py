@@ -59,26 +59,26 @@ class Args:
     train_items: int = 800
     validation_items: int = 96
     test_items: int = 300
-    steps: int = 60
+    steps: int = 50
     """updates of the experts at most"""
     prompts: int = 16
     samples: int = 8
     """responses to each prompt"""
     temperature: float = 1.0
     top_p: float = 1.0
-    learning_rate: float = 2e-3
-    """of z, preset 7's `fallback_lr`"""
+    learning_rate: float = 1e-2
+    """of z; preset 7's `fallback_lr` is 2e-3, for runs of hundreds of steps"""
     grokfast_lambda: float = 0.05
     kl_coefficient: float = 0.2
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
     supervised: bool = False
     """fit the answers by cross-entropy instead of sampling"""
     validate_every: int = 10
-    patience: int = 3
+    patience: int = 4
 
     search: Literal["nsga2", "cem"] = "nsga2"
-    population: int = 32
-    generations: int = 30
+    population: int = 24
+    generations: int = 20
     search_items: int = 32
     evaluations: int = 1
     per_layer: bool = False
@@ -109,10 +109,16 @@ PRESETS = {
             domains=("sums",),
             unplanted=(),
             stop_token=False,
-            train_items=32,
-            validation_items=16,
-            test_items=16,
+            train_items=60,
+            validation_items=10,
+            test_items=18,
             steps=20,
+            prompts=16,
+            samples=16,
+            population=8,
+            generations=4,
+            search_items=16,
+            validate_every=4,
         ),
     ),
 }

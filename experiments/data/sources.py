@@ -45,8 +45,8 @@ STREAM = 10**9
 """seeds of reasoning-gym between one stream of items and the next"""
 
 
-def gym(task: str, seed: int) -> Iterator[Item]:
-    """Items of a reasoning-gym task, without end; two seeds share no draw."""
+def gym_dataset(task: str, seed: int, size: int):
+    """A task's dataset, with its `score_answer`, in which item i is drawn from `seed` + i."""
     import reasoning_gym
 
     name, settings = GYM[task]
@@ -54,9 +54,14 @@ def gym(task: str, seed: int) -> Iterator[Item]:
         from reasoning_gym.logic.aiw import TaskType
 
         settings = {**settings, "task_types": [TaskType.SIBLINGS], "task_type_weights": [1.0]}
-    # item i of a dataset is drawn from its seed + i: datasets of neighbouring seeds overlap
+    return reasoning_gym.create_dataset(name, size=size, seed=seed, **settings)
+
+
+def gym(task: str, seed: int) -> Iterator[Item]:
+    """Items of a reasoning-gym task, without end; two seeds share no draw."""
+    # datasets of neighbouring seeds overlap
     for start in itertools.count(seed * STREAM, CHUNK):
-        rows = reasoning_gym.create_dataset(name, size=CHUNK, seed=start, **settings)
+        rows = gym_dataset(task, start, CHUNK)
         for i in range(CHUNK):
             row = rows[i]
             yield Item(row["question"].strip() + "\n", row["answer"])
@@ -82,8 +87,19 @@ def digits(image_token: str | None) -> Iterator[Item]:
         yield vision.from_digit(image, int(digit), image_token)
 
 
+def sums() -> Iterator[Item]:
+    """Every a + b and a - b of digits whose answer is one digit: 110 questions."""
+    for a in range(10):
+        for b in range(10):
+            for sign, value in (("+", a + b), ("-", a - b)):
+                if 0 <= value <= 9:
+                    yield Item(f"Question: What is {a} {sign} {b}?\nAnswer: ", str(value))
+
+
 def procedural(domain: str, seed: int, image_token: str | None) -> Iterator[Item]:
     """The embedded source of a domain."""
+    if domain == "sums":
+        return sums()
     if domain == "code":
         return programs(seed)
     if domain == "vision":
@@ -92,7 +108,7 @@ def procedural(domain: str, seed: int, image_token: str | None) -> Iterator[Item
 
 
 def hub(domain: str, directory: str | None, image_token: str | None) -> Iterator[Item]:
-    """The guide's dataset of a domain, from the hub or from a local copy in `directory`.
+    """The guide's dataset of a domain, from the hub or from a `local_copy` in `directory`.
 
     The first 1,000 rows of its train split; rows that make no item are left out.
 
@@ -120,18 +136,21 @@ def hub(domain: str, directory: str | None, image_token: str | None) -> Iterator
 def local_copy(domain: str, directory: str) -> tuple[str, str | None]:
     """Path and configuration under which `load_dataset` finds a domain's dataset in `directory`.
 
-    A clone of the hub's repository names its configurations in its README; without one they may
-    be folders. Else all files in the directory are the dataset.
+    `directory` holds a folder gsm8k, mbpp, ai2_arc or textvqa, or is that dataset itself. A clone
+    of the hub's repository names its configurations in its README; without one they may be
+    folders. Else all files are the dataset.
     """
     import datasets
 
     if not Path(directory).is_dir():
         raise ValueError(f"The dataset of {domain} wants a directory, got {directory}.")
-    _, configuration = HUB[domain]
-    if configuration is None or configuration in datasets.get_dataset_config_names(directory):
-        return directory, configuration
-    folder = Path(directory, configuration)
-    return str(folder if folder.is_dir() else directory), None
+    name, configuration = HUB[domain]
+    own = Path(directory, name.rpartition("/")[2])
+    path = own if own.is_dir() else Path(directory)
+    if configuration is None or configuration in datasets.get_dataset_config_names(str(path)):
+        return str(path), configuration
+    folder = path / configuration
+    return str(folder if folder.is_dir() else path), None
 
 
 def take(items: Iterator[Item], split: Split, count: int) -> list[Item]:

@@ -141,7 +141,9 @@ def test_images_stand_in_the_order_of_their_tokens():
     wide[0, [1, 2, 5]], wide[1, [0, 6]] = [23, 24, 25], [26, 27]
     table = np.concatenate([params["embed_tokens"]["embedding"], images.reshape(6, 16)])
     model = Decoder(dataclasses.replace(SPEC, vocab_size=29))
-    want, _ = jax.jit(model.apply)({"params": params | {"embed_tokens": {"embedding": table}}}, wide)
+    want, _ = jax.jit(model.apply)(
+        {"params": params | {"embed_tokens": {"embedding": table}}}, wide
+    )
     np.testing.assert_allclose(got, want[..., :23], atol=1e-5)
     assert np.abs(got - logits(tokens)).max() > 0.1
     swapped = logits(tokens, images=images[:, ::-1])

@@ -53,7 +53,15 @@ def compiled(**knobs):
         traces.append(None)
         apply = functools.partial(DECODER.apply, {"params": params})
         return generate(
-            apply, SPEC, tokens, mask, key, max_new_tokens=NEW, pad_token=PAD, images=images, **knobs
+            apply,
+            SPEC,
+            tokens,
+            mask,
+            key,
+            max_new_tokens=NEW,
+            pad_token=PAD,
+            images=images,
+            **knobs,
         )
 
     return run, traces
@@ -130,7 +138,12 @@ def test_one_trace_for_equal_shapes():
     tokens, mask = prompts()
     _, traces = compiled(samples=3)
     for seed in range(3):
-        run(np.roll(tokens, seed, axis=0), np.roll(mask, seed, axis=0), jax.random.key(seed), samples=3)
+        run(
+            np.roll(tokens, seed, axis=0),
+            np.roll(mask, seed, axis=0),
+            jax.random.key(seed),
+            samples=3,
+        )
     assert len(traces) == 1
 
 
