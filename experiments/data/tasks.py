@@ -56,6 +56,8 @@ def load_tasks(
     eos: int | None,
 ) -> list[Task]:
     """The tasks, all with the same prompt and answer lengths so that they stack."""
+    if not names:
+        return []
     items = [load_items(n, source, directory, image_token, counts) for n in names]
     longest = [
         encode(tokenizer, [i for s in by_split.values() for i in s], bos=bos, eos=eos)

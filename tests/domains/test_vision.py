@@ -1,6 +1,7 @@
 """Patches, projector, images as text, and the answers of visual questions."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,7 +32,7 @@ def test_the_projector_is_affine_and_knows_the_place(getkey):
     projector["bias"] = projector["bias"] + np.arange(5)
     kernel, bias, place = (np.asarray(projector[k]) for k in ("kernel", "bias", "place"))
     want = np.stack([[row[i] @ kernel + bias + place[i] for i in range(4)] for row in x])
-    np.testing.assert_allclose(vision.project(projector, x), want, atol=1e-5)
+    np.testing.assert_allclose(vision.project(projector, jnp.asarray(x)), want, atol=1e-5)
     assert np.abs(place).min() > 0
     assert 0.5 < kernel.std() * 4 < 1.5
 

@@ -51,7 +51,7 @@ def test_an_item_comes_once():
 
 def test_take_refuses_a_source_that_has_too_few():
     assert len(sources.take(sources.digits("<image>"), "test", 300)) == 300
-    with pytest.raises(ValueError, match="has 3.. test items, 1797 were asked for"):
+    with pytest.raises(ValueError, match=r"has 3\d\d test items, 1797 were asked for"):
         sources.take(sources.digits("<image>"), "test", 1797)
 
 
@@ -168,8 +168,9 @@ MBPP = [
 def read(tmp_path, monkeypatch):
     """Return a function that reads a domain from a local directory with a cache of its own."""
     import datasets
+    from datasets import config
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
 
     def read(domain, directory: Path, image_token=None) -> Iterator[Item]:
@@ -262,7 +263,7 @@ def test_a_row_of_another_dataset_is_refused(read, tmp_path):
 
 
 def test_a_directory_that_is_not_there_is_refused(read, tmp_path):
-    with pytest.raises(ValueError, match="The dataset of math wants a directory, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"The dataset of math wants a directory, got .*nowhere"):
         list(read("math", tmp_path / "nowhere"))
 
 

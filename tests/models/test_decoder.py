@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import chex
 import jax
@@ -28,13 +29,13 @@ traces = []
 
 
 @functools.partial(jax.jit, static_argnames="logits_from")
-def forward(*args, **kwargs):
+def forward(*args, **kwargs) -> Any:
     traces.append(None)
     return DECODER.apply(*args, **kwargs)
 
 
 @functools.cache
-def make_params(spec=SPEC):
+def make_params(spec=SPEC) -> Any:
     return jax.jit(Decoder(spec).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
 
 
@@ -43,11 +44,11 @@ def logits(tokens, mask=None, **kwargs):
     return np.asarray(forward({"params": make_params()}, tokens, mask, **kwargs)[0])
 
 
-def draw(batch, time, seed=0):
+def draw(batch, time, seed=0) -> Any:
     return np.random.default_rng(seed).integers(4, 23, (batch, time)).astype(np.int32)
 
 
-def left_padded(lengths, time, seed=0):
+def left_padded(lengths, time, seed=0) -> Any:
     mask = np.arange(time) >= time - np.array(lengths)[:, None]
     return np.where(mask, draw(len(lengths), time, seed), 0).astype(np.int32), mask
 
@@ -106,7 +107,7 @@ def test_masked_tokens_after_the_prefill_are_not_seen():
     other = tokens.copy()
     other[:, gap] = 11
     got = [cached(t, held, (4, 3), 9)[:, 6] for t in (tokens, other)]
-    np.testing.assert_allclose(*got, atol=1e-6)
+    np.testing.assert_allclose(got[0], got[1], atol=1e-6)
 
 
 def test_samples_share_the_prompt_of_a_repeated_cache():
@@ -151,9 +152,8 @@ def test_images_stand_in_the_order_of_their_tokens():
 
 
 def test_place_images_leaves_rows_without_image_tokens():
-    x = np.ones((1, 3, 2), np.float32)
-    is_image = np.zeros((1, 3), bool)
-    np.testing.assert_array_equal(place_images(x, is_image, np.zeros((1, 2, 2))), x)
+    x, is_image = jnp.ones((1, 3, 2)), jnp.zeros((1, 3), bool)
+    np.testing.assert_array_equal(place_images(x, is_image, jnp.zeros((1, 2, 2))), x)
 
 
 def test_every_parameter_gets_a_gradient():

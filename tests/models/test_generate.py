@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,13 @@ forward = jax.jit(DECODER.apply)
 
 
 @functools.cache
-def make_params():
+def make_params() -> Any:
     params = jax.jit(DECODER.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
     return jax.tree.map(lambda p: 2 * p, params)  # livelier than at the start
 
 
 @functools.cache
-def prompts():
+def prompts() -> Any:
     """Three prompts of 4, 2 and 1 tokens, padded on the left."""
     mask = np.arange(4) >= np.array([0, 2, 3])[:, None]
     tokens = np.random.default_rng(0).integers(4, 23, (3, 4)).astype(np.int32)
@@ -245,7 +246,7 @@ def nucleus(row, p):
     return np.where(np.isin(np.arange(len(row)), kept), row, -np.inf)
 
 
-def rows(seed=0):
+def rows(seed=0) -> Any:
     return (3 * np.random.default_rng(seed).normal(size=(40, 23))).astype(np.float32)
 
 
@@ -288,12 +289,17 @@ def test_filters_equal_those_of_transformers(temperature, k, p):
 
 
 @functools.cache
-def make_llama():
+def make_llama() -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
-    shape = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
+    shape: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 67}
     config = LlamaConfig(
         **shape, **heads, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2

@@ -1,6 +1,7 @@
 """The policy-gradient losses against closed forms, enumeration, SciPy and torch."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from scipy.special import rel_entr
 from forge_jax import rl
 
 TIME, VOCAB = 4, 5
-MASK = np.array([True, True, True, False])
+MASK: Any = np.array([True, True, True, False])
 
 
 def softmax(x):
@@ -20,7 +21,7 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def draw(seed=0, *lead):
+def draw(seed=0, *lead) -> Any:
     rng = np.random.default_rng(seed)
     policy, reference = rng.normal(size=(2, *lead, TIME, VOCAB)).astype(np.float32)
     return policy, reference, rng.integers(0, VOCAB, (*lead, TIME))
@@ -74,11 +75,11 @@ def test_the_advantage_is_data():
 def test_tokens_after_the_end_do_not_count():
     """Not even where they are impossible."""
     policy, reference, tokens = draw()
-    logp = np.array(rl.log_probability(policy, tokens))
-    kl = np.array(rl.kl_to_reference(policy, reference))
-    want = rl.reinforce_loss(logp, kl, MASK, np.float32(1), kl_coefficient=0.2)
+    logp: Any = np.array(rl.log_probability(policy, tokens))
+    kl: Any = np.array(rl.kl_to_reference(policy, reference))
+    want = rl.reinforce_loss(logp, kl, MASK, jnp.ones(()), kl_coefficient=0.2)
     logp[3], kl[3] = -np.inf, np.inf
-    got = rl.reinforce_loss(logp, kl, MASK, np.float32(1), kl_coefficient=0.2)
+    got = rl.reinforce_loss(logp, kl, MASK, jnp.ones(()), kl_coefficient=0.2)
     np.testing.assert_allclose(got, want)
     np.testing.assert_allclose(want, -logp[:3].sum() + 0.2 * kl[:3].sum(), rtol=1e-6)
 

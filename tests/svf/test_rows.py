@@ -1,6 +1,7 @@
 """One batch of several candidates against each candidate's own materialized model."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ CANDIDATES = 3
 
 
 @functools.cache
-def setup():
+def setup() -> Any:
     """Factors, and z of three candidates of which the first is the base."""
     params = jax.jit(DECODER.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     factors, z = jax.jit(lambda p: svf.decompose(p, svf.is_attention_or_mlp))(params)
