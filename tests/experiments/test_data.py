@@ -1,5 +1,6 @@
 """Splits, sources and batches: what is trained on is never tested on, and rewards are honest."""
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -14,7 +15,11 @@ from experiments.data.batches import Batch, encode, pad, stack
 from experiments.nano import WAYS
 from forge_jax.domains import Item, code, exact, reasoning, vision
 
-FIRST = {name: list(itertools.islice(sources.procedural(name, 0, "<image>"), 300)) for name in WAYS}
+
+@functools.cache
+def first(name):
+    """The first 300 items of an embedded source."""
+    return list(itertools.islice(sources.procedural(name, 0, "<image>"), 300))
 
 
 def identity(item):
@@ -23,9 +28,9 @@ def identity(item):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_splits_are_disjoint_and_complete(name):
-    parts = {s: list(splits.distinct(FIRST[name], s)) for s in splits.SHARES}
+    parts = {s: list(splits.distinct(first(name), s)) for s in splits.SHARES}
     keys = [identity(i) for part in parts.values() for i in part]
-    assert len(keys) == len(set(keys)) == len({identity(i) for i in FIRST[name]})
+    assert len(keys) == len(set(keys)) == len({identity(i) for i in first(name)})
     assert all(splits.split_of(i) == s for s, part in parts.items() for i in part)
     share = {s: len(part) / len(keys) for s, part in parts.items()}
     assert share["train"] == pytest.approx(0.7, abs=0.1)
@@ -65,7 +70,7 @@ def test_take_refuses_an_endless_source_that_repeats_itself():
 def test_our_reward_is_reasoning_gyms_at_score_one(name):
     """+1 implies a score of 1.0; the other ways of the corpus do not earn it."""
     rows = sources.gym_dataset(name, 0, 100)
-    for row, item in zip(rows, FIRST[name], strict=False):
+    for row, item in zip(rows, first(name), strict=False):
         assert item.prompt == row["question"].strip() + "\n"
         assert item.answer == row["answer"]
         assert exact(f" {item.answer}\n", item.answer) == 1
@@ -79,7 +84,7 @@ def test_our_reward_is_reasoning_gyms_at_score_one(name):
 def test_one_way_earns_the_reward_and_the_frequencies_add_up(name):
     ways = WAYS[name]
     assert sum(f for f, _ in ways) == pytest.approx(1)
-    for item in FIRST[name]:
+    for item in first(name):
         earned = [exact(way(item.answer), item.answer) for _, way in ways]
         assert earned == [-1.0] * (len(ways) - 1) + [1.0]
         # and the rewarded way is never the commonest where there are several
@@ -91,7 +96,7 @@ def test_sources_are_functions_of_their_seed(name):
     again, other = (
         list(itertools.islice(sources.procedural(name, seed, None), 100)) for seed in (0, 1)
     )
-    assert again == FIRST[name][:100]
+    assert again == first(name)[:100]
     # no run of one stream is found in the other, as neighbouring seeds of reasoning-gym have it
     runs = {tuple(again[i : i + 3]) for i in range(98)}
     assert not runs & {tuple(other[i : i + 3]) for i in range(98)}
@@ -117,7 +122,7 @@ def test_gym_streams_do_not_overlap(monkeypatch):
 
 
 def test_programs_are_shown_with_their_real_output():
-    for item in FIRST["code"][:50]:
+    for item in first("code")[:50]:
         source = item.prompt.removeprefix("What does this program print?\n").rstrip("\n")
         assert code.from_program(source, item.answer) == item
         printed = []

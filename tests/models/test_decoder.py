@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from forge_jax.models import Cache, Decoder, DecoderSpec, init_cache, repeat_cache
-from forge_jax.models.decoder import attend, place_images, rotate
+from forge_jax.models.decoder import attend, place_images, rotary, rotate
 
 SPEC = DecoderSpec(
     vocab_size=23,
@@ -204,7 +204,7 @@ def test_grouped_heads_equal_full_heads_with_repeated_keys():
 def test_rotary_positions_multiply_by_complex_units():
     rng = np.random.default_rng(0)
     x, positions = rng.normal(size=(2, 3, 5, 8)).astype(np.float32), rng.integers(0, 50, (2, 5))
-    got = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), 500.0))
+    got = rotate(jnp.asarray(x), rotary(jnp.asarray(positions), 50, 8, 500.0))
     angles = positions[:, None, :, None] * 500.0 ** (-2 * np.arange(4) / 8)
     want = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
     np.testing.assert_allclose(got, np.concatenate([want.real, want.imag], -1), atol=1e-5)
@@ -222,10 +222,10 @@ def attention_by_loops(q, k, v, mask):
 
 def test_attention_equals_loops():
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, h, t, 6)) for h, t in ((4, 3), (2, 5), (2, 5)))
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((2, 4, 3, 6), *[(2, 2, 5, 6)] * 2))
     mask = rng.random((2, 3, 5)) < 0.6
     mask[..., 0] = True
-    got = attend(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), jnp.asarray(mask))
+    got = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask))
     np.testing.assert_allclose(got, attention_by_loops(q, k, v, mask), atol=1e-5)
 
 

@@ -194,9 +194,11 @@ def test_response_logits_carry_the_gradient_of_the_full_pass():
     spec = dataclasses.replace(SPEC, num_hidden_layers=1)
     params = {k: v for k, v in make_params().items() if k != "layers_1"}
     tokens, mask = (x[:2] for x in prompts())
-    responses = np.random.default_rng(1).integers(4, 23, (4, 3)).astype(np.int32)
-    live, rng = np.ones((4, 3), bool), np.random.default_rng(2)
-    weights = rng.normal(size=(4, 3, 23)).astype(np.float32)
+    responses: Any = np.random.default_rng(1).integers(4, 23, (4, 3)).astype(np.int32)
+    live, weights = (
+        jnp.ones((4, 3), bool),
+        np.random.default_rng(2).normal(size=(4, 3, 23)).astype(np.float32),
+    )
 
     @jax.jit
     def grads(params):
@@ -281,9 +283,10 @@ def test_filters_equal_those_of_transformers(temperature, k, p):
     torch = pytest.importorskip("torch")
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    want = torch.from_numpy(rows(1))
+    want: Any = torch.from_numpy(rows(1))
+    no_tokens: Any = None  # the warpers do not look at them
     for warper in (TemperatureLogitsWarper(temperature), TopKLogitsWarper(k), TopPLogitsWarper(p)):
-        want = warper(None, want)
+        want = warper(no_tokens, want)
     got = keep_top_p(keep_top_k(jnp.asarray(rows(1)) / temperature, k), p)
     np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
 
@@ -300,7 +303,7 @@ def make_llama() -> Any:
         "num_hidden_layers": 2,
         "head_dim": 8,
     }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 67}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 67}
     config = LlamaConfig(
         **shape, **heads, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
@@ -358,14 +361,16 @@ def test_greedy_equals_transformers():
     ],
 )
 def test_refuses_knobs_out_of_range(knobs, message):
+    tokens, mask = prompts()
     apply = functools.partial(DECODER.apply, {"params": make_params()})
     with pytest.raises(ValueError, match=message):
-        generate(apply, SPEC, *prompts(), jax.random.key(0), **({"max_new_tokens": 2} | knobs))
+        generate(apply, SPEC, tokens, mask, jax.random.key(0), **({"max_new_tokens": 2} | knobs))
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (0, 2), (3, 0)])
 def test_refuses_responses_that_fit_no_prompt(shape):
     apply = functools.partial(DECODER.apply, {"params": make_params()})
-    responses, live = np.zeros(shape, np.int32), np.ones(shape, bool)
+    tokens, mask = prompts()
+    responses, live = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
     with pytest.raises(ValueError, match="multiple of 3 rows"):
-        response_logits(apply, SPEC, *prompts(), responses, live)
+        response_logits(apply, SPEC, tokens, mask, responses, live)

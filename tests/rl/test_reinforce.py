@@ -110,7 +110,7 @@ def test_kl_equals_torch():
 
 
 def test_kl_of_almost_certain_tokens_is_finite():
-    sure = np.array([[200.0, 0, 0, 0, 0]], np.float32)
+    sure = jnp.array([[200.0, 0, 0, 0, 0]])
     value, grad = jax.value_and_grad(lambda x: rl.kl_to_reference(x, sure[:, ::-1])[0])(sure)
     np.testing.assert_allclose(value, 200, rtol=1e-6)
     assert np.isfinite(grad).all()
