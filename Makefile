@@ -50,11 +50,11 @@ $(VENV)/.smollm2: $(VENV)/.installed
 
 demo: setup ## train the experts and search their mixture on the shipped nano checkpoint (SEEDS=0,1,2)
 	@echo "[demo] experiments.phase7 on the nano checkpoint, seeds $(SEEDS), into runs/demo"
-	@$(BIN)/python -m experiments.phase7 --seeds $(SEEDS) --out runs/demo --replace
+	@$(BIN)/python -m experiments.phase7 nano --seeds $(SEEDS) --out runs/demo --replace
 
 demo-smollm2: $(VENV)/.smollm2 ## the same job on SmolLM2-135M-Instruct, small settings
 	@echo "[demo] experiments.phase7 on SmolLM2-135M-Instruct, seeds $(SEEDS), into runs/smollm2"
-	@$(BIN)/python -m experiments.phase7 --preset smollm2 --seeds $(SEEDS) --out runs/smollm2 --replace
+	@$(BIN)/python -m experiments.phase7 smollm2 --seeds $(SEEDS) --out runs/smollm2 --replace
 
 test: setup ## run every test (PYTEST='-x tests/svf' for a few)
 	@$(MAKE) --no-print-directory $(VENV)/.smollm2 \
