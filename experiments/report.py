@@ -79,7 +79,7 @@ def write_report(run_directory: str | Path) -> Path:
         artifacts(path),
         settings(config),
     ]
-    title = str(config.get("name", path.resolve().name))
+    title = str(config.get("name", path.resolve().name.removesuffix(".partial")))
     write_atomic(path / "report.html", document(title, LEAD, sections))
     return path / "report.html"
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
@@ -98,8 +97,10 @@ def seed_summary(correct: Correct, names: Sequence[str]) -> dict[str, Any]:
 
 
 def average(trees: Sequence[Any]) -> Any:
-    """The mean of equal trees of numbers."""
-    return jax.tree.map(lambda *x: float(np.mean(x)), *trees)
+    """The mean of equal nested dictionaries of numbers, in the order of their keys."""
+    if isinstance(trees[0], dict):
+        return {key: average([tree[key] for tree in trees]) for key in trees[0]}
+    return float(np.mean(trees))
 
 
 def gain(per_seed: Sequence[Correct], names: Sequence[str]) -> dict[str, float]:
