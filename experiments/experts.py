@@ -1,11 +1,13 @@
-"""Training the scales z of K experts at once: sampled rollouts, rewards, one compiled update.
+"""Training K experts at once: sampled rollouts, rewards, one compiled update.
 
 A step is: rollout (compiled, all experts in one batch), reward (Python, any function of the
-text), update (compiled, all experts). What the optimizer holds is z - 1.
+text), update (compiled, all experts). What is trained is a `forms.Form`: z - 1 for the experts
+of Phase 7, dense or LoRA weights for the ceilings beside them.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,44 +17,69 @@ import optax
 from experiments import run as runs
 from experiments.data.batches import Batch, stack
 from experiments.data.tasks import Task, select
-from experiments.model import Model, Weights, images, policy
+from experiments.forms import SVF, Delta, Form, z_of, z_statistics
+from experiments.model import Model, Weights, images
 from experiments.scoring import make_rollout, rewards
 from forge_jax import optim, rl, svf
 from forge_jax.models import Generated, response_logits
 
 
 class State(NamedTuple):
-    """K experts in training; every leaf of the dictionaries is (K, r)."""
+    """K experts in training; every leaf of the trees is (K, ...)."""
 
-    delta: dict[str, jax.Array]  # z - 1
+    delta: Delta
     opt_state: Any  # one per expert, stacked
-    best: dict[str, jax.Array]  # delta at the best validation accuracy
+    best: Delta  # delta at the best validation accuracy
     best_accuracy: jax.Array  # (K,)
     stale: jax.Array  # (K,) int32, validations since the best
 
 
-class Settings(NamedTuple):
-    """What an expert's training depends on."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How experts are trained."""
 
-    steps: int
-    prompts: int  # per expert and step
-    samples: int  # per prompt
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    supervised: bool  # fit the answers instead of sampling
-    baseline: str  # leave_one_out, or none: the guide's plain rewards
-    validate_every: int
-    patience: int  # validations without a better accuracy before training stops
+    steps: int = 50
+    """updates of the experts at most"""
+    prompts: int = 16
+    """of each expert in a step"""
+    samples: int = 8
+    """responses to each prompt"""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    learning_rate: float = 1e-2
+    """of z; preset 7's `fallback_lr` is 2e-3, for runs of hundreds of steps"""
+    grokfast_lambda: float = 0.05
+    kl_coefficient: float = 0.2
+    baseline: Literal["leave_one_out", "none"] = "leave_one_out"
+    """none: the guide's plain rewards"""
+    supervised: bool = False
+    """fit the answers by cross-entropy instead of sampling"""
+    validate_every: int = 10
+    patience: int = 4
+    """validations without a better accuracy of any expert before training stops"""
+
+    def with_rate(self, learning_rate: float) -> "Settings":
+        """The same with another learning rate."""
+        return dataclasses.replace(self, learning_rate=learning_rate)
+
+    def optimizer(self) -> optim.MuGrokConfig:
+        """Preset 7 with these rates."""
+        return optim.MuGrokConfig.from_phase(
+            7,
+            fallback_lr=self.learning_rate,
+            grokfast_lambda=self.grokfast_lambda,
+            kl_coefficient=self.kl_coefficient,
+        )
 
 
-def init_state(weights: Weights, tx: optax.GradientTransformation, experts: int) -> State:
+DEFAULTS = Settings()
+
+
+def init_state(form: Form, weights: Weights, tx, experts: int, key) -> State:
     """All experts at the base model."""
-    z = svf.identity(weights["factors"])
-    delta = {k: jnp.zeros((experts, *v.shape)) for k, v in z.items()}
-    opt_state = jax.vmap(tx.init)(delta)
+    delta = form.start(weights, experts, key)
     worst, stale = jnp.full(experts, -1.0), jnp.zeros(experts, jnp.int32)
-    return State(delta, opt_state, delta, worst, stale)
+    return State(delta, jax.vmap(tx.init)(delta), delta, worst, stale)
 
 
 def flat(batch: Batch) -> Batch:
@@ -60,27 +87,27 @@ def flat(batch: Batch) -> Batch:
     return Batch(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in batch))
 
 
-def z_of(delta):
-    """z from what the optimizer holds."""
-    return jax.tree.map(lambda d: 1 + d, delta)
-
-
 def expert_losses(
-    model: Model, weights: Weights, delta, batch: Batch, responses: Generated, advantage, kl_weight
+    model: Model,
+    form: Form,
+    weights: Weights,
+    delta: Delta,
+    batch: Batch,
+    responses: Generated,
+    advantage,
+    kl_weight: float,
 ):
     """Loss and KL per token of every expert, (K,) each; see `rl.reinforce_loss`."""
     experts = advantage.shape[0]
-    spec, factors = model.decoder.spec, weights["factors"]
     seen = images(weights, batch)
 
-    def logits(s):
-        apply = policy(model, weights, s)
+    def logits(delta):
+        apply = form.policy(model, weights, delta)
         rows = (batch.tokens, batch.mask, responses.tokens, responses.mask)
-        return response_logits(apply, spec, *rows, images=seen)
+        return response_logits(apply, model.decoder.spec, *rows, images=seen)
 
-    now = logits(svf.scales(factors, z_of(delta)))
-    reference = logits({k: leaf.s[None] for k, leaf in svf.named_factors(factors)})
-    kl = rl.kl_to_reference(now, jax.lax.stop_gradient(reference))
+    now, base = logits(delta), logits(jax.tree.map(jnp.zeros_like, delta))
+    kl = rl.kl_to_reference(now, jax.lax.stop_gradient(base))
     logp = rl.log_probability(now, responses.tokens)
     loss = jax.vmap(lambda *row: rl.reinforce_loss(*row, kl_coefficient=kl_weight))(
         logp, kl, responses.mask, advantage.reshape(-1)
@@ -90,7 +117,7 @@ def expert_losses(
     return loss.reshape(experts, -1).mean(axis=1), kl_per_token
 
 
-def make_update(model: Model, tx: optax.GradientTransformation, kl_weight: float):
+def make_update(model: Model, form: Form, tx: optax.GradientTransformation, kl_weight: float):
     """A compiled function (weights, state, batch, responses, advantage) -> state, metrics.
 
     `advantage` is (K, B x G), the metrics are (K,).
@@ -100,7 +127,7 @@ def make_update(model: Model, tx: optax.GradientTransformation, kl_weight: float
     def update(weights: Weights, state: State, batch: Batch, responses: Generated, advantage):
         def total(delta):
             losses, kl = expert_losses(
-                model, weights, delta, batch, responses, advantage, kl_weight
+                model, form, weights, delta, batch, responses, advantage, kl_weight
             )
             return losses.sum(), (losses, kl)  # no expert's loss depends on another's delta
 
@@ -126,72 +153,70 @@ def advantages(reward, baseline: str):
     return used.reshape(len(reward), -1)
 
 
-def make_step(model: Model, tx: optax.GradientTransformation, tasks, settings: Settings, kl_weight):
-    """A function (weights, state, seed, step) -> state, metrics of (K,) arrays."""
+Step = Callable[[Weights, State, Sequence[Task], int, int], tuple[State, dict[str, Any]]]
+"""(weights, state, K tasks, seed, number) -> state, metrics of (K,) arrays"""
+
+
+def make_step(
+    model: Model,
+    form: Form,
+    tx: optax.GradientTransformation,
+    settings: Settings,
+    max_new_tokens: int,
+) -> Step:
+    """One update of K experts on K tasks; equal shapes compile once."""
     rollout = make_rollout(
         model,
-        max_new_tokens=settings.max_new_tokens,
+        form.policy,
+        max_new_tokens=max_new_tokens,
         samples=settings.samples,
         temperature=settings.temperature,
         top_p=settings.top_p,
     )
-    update = make_update(model, tx, kl_weight)
+    update = make_update(model, form, tx, settings.kl_coefficient)
 
-    def step(weights: Weights, state: State, seed: int, number: int):
+    def supervised_step(weights, state, tasks, seed, number):
+        batch, _ = draw(tasks, settings.prompts, seed, number)
+        answers = Generated(jnp.asarray(batch.answers), jnp.asarray(batch.answer_mask))
+        ones = np.ones((len(tasks), settings.prompts), np.float32)
+        return update(weights, state, batch, answers, ones)
+
+    def sampled_step(weights, state, tasks, seed, number):
         batch, indices = draw(tasks, settings.prompts, seed, number)
-        if settings.supervised:
-            responses = Generated(jnp.asarray(batch.answers), jnp.asarray(batch.answer_mask))
-            reward = np.ones((len(tasks), settings.prompts, 1), np.float32)
-            return update(weights, state, batch, responses, advantages(reward, "none"))
-        s = svf.scales(weights["factors"], z_of(state.delta))
         key = jax.random.fold_in(jax.random.key(seed), number)
-        responses = rollout(weights, s, batch, key)
-        rows = zip(
-            np.split(np.asarray(responses.tokens), len(tasks)),
-            np.split(np.asarray(responses.mask), len(tasks)),
-            strict=True,
-        )
-        reward = np.stack(
-            [
-                rewards(model, task, tokens, mask, [task.items["train"][i].answer for i in chosen])
-                for task, (tokens, mask), chosen in zip(tasks, rows, indices, strict=True)
-            ]
-        ).reshape(len(tasks), settings.prompts, settings.samples)
-        state, metrics = update(
-            weights, state, batch, responses, advantages(reward, settings.baseline)
-        )
+        responses = rollout(weights, state.delta, batch, key)
+        tokens, mask = (np.split(np.asarray(x), len(tasks)) for x in responses)
+        wanted = [
+            [task.items["train"][i].answer for i in chosen]
+            for task, chosen in zip(tasks, indices, strict=True)
+        ]
+        rows = zip(tasks, tokens, mask, wanted, strict=True)
+        reward = np.stack([rewards(model, *row) for row in rows])
+        reward = reward.reshape(len(tasks), settings.prompts, settings.samples)
+        advantage = advantages(reward, settings.baseline)
+        state, metrics = update(weights, state, batch, responses, advantage)
         return state, {**metrics, "reward": reward.mean(axis=(1, 2))}
 
-    return step
+    return supervised_step if settings.supervised else sampled_step
 
 
 def keep_best(state: State, accuracy) -> State:
     """Keep each expert's delta where its validation accuracy is the best so far."""
     accuracy = jnp.asarray(accuracy)
     better = accuracy > state.best_accuracy
-    best = {
-        k: jnp.where(better.reshape(-1, *[1] * (d.ndim - 1)), d, state.best[k])
-        for k, d in state.delta.items()
-    }
-    stale = jnp.where(better, 0, state.stale + 1)
+
+    def chosen(new, old):
+        return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
     return state._replace(
-        best=best, best_accuracy=jnp.maximum(accuracy, state.best_accuracy), stale=stale
+        best=jax.tree.map(chosen, state.delta, state.best),
+        best_accuracy=jnp.maximum(accuracy, state.best_accuracy),
+        stale=jnp.where(better, 0, state.stale + 1),
     )
 
 
-def z_statistics(delta, expert: int) -> dict[str, float]:
-    """Mean, standard deviation, extremes of one expert's z, over all matrices."""
-    z = 1 + np.concatenate([np.ravel(d[expert]) for d in delta.values()])
-    return {
-        "z_mean": float(z.mean()),
-        "z_std": float(z.std()),
-        "z_min": float(z.min()),
-        "z_max": float(z.max()),
-    }
-
-
-def validate(scorer, weights, delta, tasks: Sequence[Task]) -> np.ndarray:
-    """Each expert's greedy accuracy on its own domain's validation items, (K,)."""
+def validate(scorer, weights: Weights, delta: Delta, tasks: Sequence[Task]) -> np.ndarray:
+    """Each SVF expert's greedy accuracy on its own domain's validation items, (K,)."""
     s = svf.scales(weights["factors"], z_of(delta))
     out = []
     for k, task in enumerate(tasks):
@@ -202,40 +227,49 @@ def validate(scorer, weights, delta, tasks: Sequence[Task]) -> np.ndarray:
     return np.array(out, np.float32)
 
 
+def is_due(number: int, settings: Settings) -> bool:
+    """Whether the experts are validated after this step."""
+    return number % settings.validate_every == 0 or number == settings.steps
+
+
+def goes_on(number: int, state: State, settings: Settings) -> bool:
+    """Whether there are steps left and an expert that improved of late."""
+    return number < settings.steps and int(jnp.min(state.stale)) < settings.patience
+
+
 def train(
     run: runs.Run,
     weights: Weights,
     tasks: Sequence[Task],
     scorer,
-    step_fn,
-    config: optim.MuGrokConfig,
+    step: Step,
     settings: Settings,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Train K experts with `make_step`'s function; each path's best z on validation, (K, r).
+    """Train K SVF experts; each path's best z on validation, (K, r).
 
     Logs every step, and checkpoints where it validates.
     """
-    tx = optim.mugrok(config)
-    state = init_state(weights, tx, len(tasks))
+    tx = optim.mugrok(settings.optimizer())
+    state = init_state(SVF, weights, tx, len(tasks), jax.random.key(seed))
     name = f"seed{seed}-experts"
     number, state = runs.restore_latest(run, state, name=name) or (0, state)
     with runs.progress(settings.steps, f"experts, seed {seed}", initial=number) as advance:
-        while number < settings.steps and int(jnp.min(state.stale)) < settings.patience:
-            state, metrics = step_fn(weights, state, seed, number)
+        while goes_on(number, state, settings):
+            state, metrics = step(weights, state, tasks, seed, number)
             number += 1
             row = {"step": number, "seed": seed}
             for k, task in enumerate(tasks):
                 row |= {f"svf/{task.name}/{m}": float(v[k]) for m, v in metrics.items()}
-            if number % settings.validate_every == 0 or number == settings.steps:
+            if is_due(number, settings):
                 accuracy = validate(scorer, weights, state.delta, tasks)
                 state = keep_best(state, accuracy)
                 for k, task in enumerate(tasks):
-                    row[f"svf/{task.name}/accuracy"] = float(accuracy[k])
-                    statistics = z_statistics(state.delta, k)
-                    row |= {f"svf/{task.name}/{m}": v for m, v in statistics.items()}
+                    measured = {"accuracy": float(accuracy[k]), **z_statistics(state.delta, k)}
+                    row |= {f"svf/{task.name}/{m}": v for m, v in measured.items()}
             runs.log(run, row)
-            if number % settings.validate_every == 0 or number == settings.steps:
+            if is_due(number, settings):
                 runs.save(run, number, state, name=name)
-            advance(1, reward=float(np.mean(metrics.get("reward", metrics["loss"]))))
+            shown = "loss" if settings.supervised else "reward"
+            advance(1, **{shown: float(np.mean(metrics[shown]))})
     return {k: np.asarray(v) for k, v in z_of(state.best).items()}

@@ -6,7 +6,7 @@ temporaries and output. On a CPU it is main memory; the guide's name for it is v
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,7 @@ from experiments.model import Model
 from forge_jax import search, svf
 from forge_jax.models import generate
 
-LENGTH, PROMPT, DECODED = 512, 16, 64
-RANKS = (1.0, 0.6, 0.45, 0.3, 0.15)
-"""rank fractions at which the cost model is calibrated"""
+LENGTH, PROMPT, DECODED = 512, 16, 32
 
 
 class Timings(NamedTuple):
@@ -30,18 +28,21 @@ class Timings(NamedTuple):
     memory: float  # bytes
 
 
-def seconds(function: Callable[[], Any], repeats: int) -> list[float]:
-    """Wall-clock seconds of each of `repeats` calls, after one that is not counted."""
+def seconds(function: Callable[[], Any], budget: float = 2.0) -> list[float]:
+    """Wall-clock seconds of each of some calls, after one that is not counted.
+
+    Between 3 and 15 calls: as many as `budget` seconds allow.
+    """
     jax.block_until_ready(function())
     out = []
-    for _ in range(repeats):
+    while len(out) < 3 or (sum(out) < budget and len(out) < 15):
         started = time.perf_counter()
         jax.block_until_ready(function())
         out.append(time.perf_counter() - started)
     return out
 
 
-def measure(model: Model, params: Any, repeats: int = 15) -> Timings:
+def measure(model: Model, params: Any) -> Timings:
     """Time a tree of parameters, dense or with `svf.Factors` leaves."""
     spec = model.decoder.spec
     tokens = jnp.ones((1, LENGTH), jnp.int32)
@@ -53,15 +54,22 @@ def measure(model: Model, params: Any, repeats: int = 15) -> Timings:
     forward = jax.jit(lambda p: apply(p, tokens, logits_from=-1)[0]).lower(params).compile()
 
     def decode(params):
-        knobs = {"max_new_tokens": DECODED, "temperature": 0.0}
-        key = jax.random.key(0)
-        return generate(lambda *a, **k: apply(params, *a, **k), spec, prompt, mask, key, **knobs)
+        return generate(
+            lambda *a, **k: apply(params, *a, **k),
+            spec,
+            prompt,
+            mask,
+            jax.random.key(0),
+            max_new_tokens=DECODED,
+            temperature=0.0,
+        )
 
     decode = jax.jit(decode).lower(params).compile()
     used = forward.memory_analysis()
+    assert used is not None  # every backend this project runs on has it
     memory = used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes
-    per_token = [s / DECODED for s in seconds(lambda: decode(params), repeats)]
-    return Timings(seconds(lambda: forward(params), repeats), per_token, float(memory))
+    per_token = [s / DECODED for s in seconds(lambda: decode(params))]
+    return Timings(seconds(lambda: forward(params)), per_token, float(memory))
 
 
 def metrics(timings: Timings) -> dict[str, float]:
@@ -96,13 +104,10 @@ class CostModel(NamedTuple):
         return 1e3 * time_of(self.forward, LENGTH), memory, -1 / time_of(self.decode, 1)
 
 
-def calibrate(model: Model, factors: Any, repeats: int = 15) -> dict[str, Any]:
-    """Measure truncated models of a few ranks; what `cost_model` needs, as JSON."""
+def calibrate(model: Model, factors: Any, ranks: Sequence[float]) -> dict[str, Any]:
+    """Measure truncated models of a few rank fractions; what `cost_model` needs, as JSON."""
     z = svf.identity(factors)
-    found = {}
-    for rank in RANKS:
-        found[str(rank)] = measure(model, svf.truncate(factors, z, rank), repeats)._asdict()
-    return found
+    return {str(r): measure(model, svf.truncate(factors, z, r))._asdict() for r in ranks}
 
 
 def cost_model(factors: Any, measured: dict[str, Any]) -> CostModel:

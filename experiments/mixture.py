@@ -6,34 +6,51 @@ candidate on validation items; latency, memory and throughput from the cost mode
 calibrated on measured runs of a few rank fractions.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import run as runs
-from experiments.data.tasks import Task, first
+from experiments.data.tasks import first
 from experiments.measure import CostModel
-from experiments.model import Weights
+from experiments.problem import Problem, answers
 from forge_jax import search, svf
 
 Genome = dict[str, Any]
 """alpha (groups, K) and rank (), with a leading population axis"""
 
+Fitness = Callable[[Genome], tuple[np.ndarray, np.ndarray]]
+"""population -> fitness (P, 4), KL to the base (P,)"""
 
-class Settings(NamedTuple):
-    """What the search depends on."""
 
-    population: int
-    generations: int
-    items: int  # validation items a domain and evaluation
-    evaluations: int  # averaged in each fitness, the guide's remedy for noise
-    per_layer: bool
-    upper: float  # bound of alpha: 2, or 1 as the guide's remedy
-    normalize: bool  # alpha sums to 1, another remedy
-    lowest_rank: float
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the mixture is searched."""
+
+    search: Literal["nsga2", "cem"] = "nsga2"
+    population: int = 24
+    generations: int = 20
+    search_items: int = 32
+    """validation items a domain and evaluation"""
+    evaluations: int = 1
+    """averaged in each fitness, on items of their own: the guide's remedy for noise"""
+    per_layer: bool = False
+    """one alpha for each layer instead of one for the model"""
+    alpha_upper: float = 2.0
+    """1 is one of the guide's remedies"""
+    normalize_alpha: bool = False
+    """alpha sums to 1, another remedy"""
+    lowest_rank: float = 0.2
+    """rank fraction below which no matrix is cut"""
+    calibration_ranks: tuple[float, ...] = (1.0, 0.6, 0.45, 0.3, 0.15)
+    """rank fractions at which the cost model is fitted to measured runs"""
+
+
+DEFAULTS = Settings()
 
 
 class Found(NamedTuple):
@@ -43,6 +60,15 @@ class Found(NamedTuple):
     fitness: np.ndarray  # (P, 4): error, latency_ms, memory_gb, -throughput_tps
     kl: np.ndarray  # (P,) nats
     hypervolume: list[float]  # of each generation
+
+
+class Evaluated(NamedTuple):
+    """A population and what it scored."""
+
+    genomes: Genome
+    fitness: np.ndarray  # as Found's
+    kl: np.ndarray  # (P,) nats
+    violation: np.ndarray  # (P,), see `violation`
 
 
 def groups(paths: Sequence[str], per_layer: bool) -> dict[str, int]:
@@ -88,19 +114,19 @@ def make_scales(index: dict[str, int]):
 
 
 def make_fitness(
-    weights: Weights, experts, tasks: Sequence[Task], scorer, costs: CostModel, settings, index
-) -> Callable[[Genome], tuple[np.ndarray, np.ndarray]]:
-    """A function population -> fitness (P, 4), KL (P,): every candidate runs on every domain."""
+    problem: Problem, experts, costs: CostModel, settings: Settings, index: dict[str, int]
+) -> Fitness:
+    """Every candidate runs on every domain."""
     scales = make_scales(index)
-    count = settings.items * settings.evaluations
-    batches = [first(t.batches["validation"], count) for t in tasks]
-    answers = [[i.answer for i in t.items["validation"][:count]] for t in tasks]
+    count = settings.search_items * settings.evaluations
+    batches = [first(t.batches["validation"], count) for t in problem.tasks]
+    wanted = [answers(t, "validation")[:count] for t in problem.tasks]
 
     def fitness(population: Genome):
-        s = scales(weights["factors"], experts, population)
+        s = scales(problem.weights["factors"], experts, population)
         scores = [
-            scorer(weights, s, batch, task, wanted)
-            for task, batch, wanted in zip(tasks, batches, answers, strict=True)
+            problem.scorer(problem.weights, s, batch, task, right)
+            for task, batch, right in zip(problem.tasks, batches, wanted, strict=True)
         ]
         error = 1 - np.mean([score.correct.mean(axis=1) for score in scores], axis=0)
         kl = np.mean([score.kl for score in scores], axis=0)
@@ -126,7 +152,7 @@ def start(rows: int, experts: int, settings: Settings, key) -> Genome:
     """The first population: every expert alone, 1/K, all ones, and uniform draws."""
     keys = jax.random.split(key)
     size = settings.population
-    alpha = jax.random.uniform(keys[0], (size, rows, experts)) * settings.upper
+    alpha = jax.random.uniform(keys[0], (size, rows, experts)) * settings.alpha_upper
     rank = jax.random.uniform(keys[1], (size,), minval=settings.lowest_rank)
     known = reference_alphas(experts)[:size]
     alpha = alpha.at[: len(known)].set(np.broadcast_to(known[:, None], (len(known), rows, experts)))
@@ -140,106 +166,105 @@ def reference_alphas(experts: int) -> np.ndarray:
 
 
 def find(
-    run: runs.Run,
-    fitness: Callable[[Genome], tuple[np.ndarray, np.ndarray]],
-    rows: int,
-    experts: int,
-    settings: Settings,
-    limits: search.Limits,
-    seed: int,
+    run: runs.Run, fitness: Fitness, rows: int, experts: int, settings: Settings, seed: int
 ) -> Found:
-    """Run NSGA-II until the hypervolume stands still or the generations are used up."""
+    """Search alpha (rows, experts) and the rank by the method of the settings."""
+
+    def evaluate(population: Genome) -> Evaluated:
+        if settings.normalize_alpha:
+            population = {**population, "alpha": normalized(population["alpha"])}
+        scored, kl = fitness(population)
+        return Evaluated(population, scored, kl, violation(scored, kl, search.Limits()))
+
+    method = find_nsga2 if settings.search == "nsga2" else find_cem
+    last, volumes = method(run, evaluate, rows, experts, settings, seed)
+    genomes = jax.tree.map(np.asarray, last.genomes)
+    return Found(genomes, last.fitness, last.kl, volumes)
+
+
+def find_nsga2(run: runs.Run, evaluate, rows: int, experts: int, settings: Settings, seed: int):
+    """NSGA-II until the hypervolume stands still or the generations are used up."""
     key = jax.random.fold_in(jax.random.key(seed), 7)
     first_genomes = start(rows, experts, settings, key)
     template = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), first_genomes)
     method = search.NSGA2(settings.population, template)
     lower = {"alpha": jnp.zeros((rows, experts)), "rank": jnp.float32(settings.lowest_rank)}
-    upper = {"alpha": jnp.full((rows, experts), settings.upper), "rank": jnp.float32(1)}
+    upper = {"alpha": jnp.full((rows, experts), settings.alpha_upper), "rank": jnp.float32(1)}
     params = method.default_params.replace(lower=lower, upper=upper)
-
-    def evaluate(population: Genome):
-        if settings.normalize:
-            population = {**population, "alpha": normalized(population["alpha"])}
-        scored, kl = fitness(population)
-        return scored, kl, violation(scored, kl, limits)
-
-    name = f"seed{seed}-search"
-    scored, kl, missed = evaluate(first_genomes)
+    scored = evaluate(first_genomes)
     # worse than anything met at the start: fixed for the whole run, so volumes can be compared
-    reference = scored.max(axis=0) + 0.1 * np.abs(scored.max(axis=0)) + 1e-6
-    state = method.init(key, first_genomes, scored, params, missed)
-    volumes = [volume(state, reference)]
+    worst = scored.fitness.max(axis=0)
+    reference = worst + 0.1 * np.abs(worst) + 1e-6
+    state = method.init(key, first_genomes, scored.fitness, params, scored.violation)
     history = np.full(settings.generations + 1, np.nan, np.float32)
-    history[0] = volumes[0]
-    generation, (state, history) = runs.restore_latest(run, (state, history), name=name) or (
-        0,
-        (state, history),
+    history[0] = volume(state, reference)
+
+    def one(number: int, carry):
+        state, history = carry
+        ask_key, tell_key = jax.random.split(jax.random.fold_in(key, number))
+        population, state = method.ask(ask_key, state, params)
+        seen = evaluate(population)
+        state, _ = method.tell(tell_key, population, seen.fitness, state, params, seen.violation)
+        history = history.copy()
+        history[number + 1] = volume(state, reference)
+        return (state, history), row(state, number + 1, float(history[number + 1]))
+
+    def converged(number: int, carry) -> bool:
+        return stands_still(carry[1][: number + 1])
+
+    number, (state, history) = generations(
+        run, f"seed{seed}-search", settings, seed, (state, history), one, converged
     )
-    with runs.progress(settings.generations, f"search, seed {seed}", initial=generation) as advance:
-        while generation < settings.generations and not stands_still(history[: generation + 1]):
-            ask_key, tell_key = jax.random.split(jax.random.fold_in(key, generation))
-            population, state = method.ask(ask_key, state, params)
-            scored, kl, missed = evaluate(population)
-            state, _ = method.tell(tell_key, population, scored, state, params, missed)
-            generation += 1
-            history[generation] = volume(state, reference)
-            runs.log(run, row(state, generation, float(history[generation]), seed))
-            if generation % 5 == 0:
-                runs.save(run, generation, (state, history), name=name)
-            advance(1, accuracy=1 - float(state.fitness[:, 0].min()))
-        runs.save(run, generation, (state, history), name=name)
-    genomes = method.get_population(state)
-    scored, kl, _ = evaluate(genomes)
-    return Found(
-        jax.tree.map(np.asarray, genomes),
-        scored,
-        kl,
-        [float(v) for v in history[: generation + 1]],
-    )
+    last = evaluate(method.get_population(state))
+    return last, [float(v) for v in history[: number + 1]]
 
 
-def find_cem(
-    run: runs.Run,
-    fitness: Callable[[Genome], tuple[np.ndarray, np.ndarray]],
-    rows: int,
-    experts: int,
-    settings: Settings,
-    limits: search.Limits,
-    seed: int,
-) -> Found:
-    """The cross-entropy method on accuracy alone, at full rank; a limit missed counts as error."""
+def find_cem(run: runs.Run, evaluate, rows: int, experts: int, settings: Settings, seed: int):
+    """The cross-entropy method on accuracy alone, at full rank; a limit missed counts as error.
+
+    What is left is the best mixture met and draws from the last distribution.
+    """
     key = jax.random.fold_in(jax.random.key(seed), 8)
-    template = {"alpha": jnp.zeros((rows, experts))}
-    method = search.CEM(settings.population, template, reevaluate_best=True)
-    params = method.default_params.replace(lower=0.0, upper=settings.upper)
+    method = search.CEM(
+        settings.population, {"alpha": jnp.zeros((rows, experts))}, reevaluate_best=True
+    )
+    params = method.default_params.replace(lower=0.0, upper=settings.alpha_upper)
     state = method.init(key, {"alpha": jnp.full((rows, experts), 1 / experts)}, params)
-    name = f"seed{seed}-cem"
-    generation, state = runs.restore_latest(run, state, name=name) or (0, state)
-    found = None
-    with runs.progress(settings.generations, f"cem, seed {seed}", initial=generation) as advance:
-        while generation < settings.generations:
-            ask_key, tell_key = jax.random.split(jax.random.fold_in(key, generation))
-            population, state = method.ask(ask_key, state, params)
-            full = {"alpha": population["alpha"], "rank": jnp.ones(settings.population)}
-            if settings.normalize:
-                full = {**full, "alpha": normalized(full["alpha"])}
-            scored, kl = fitness(full)
-            scalar = scored[:, 0] + violation(scored, kl, limits)
-            state, _ = method.tell(tell_key, population, scalar, state, params)
-            found = Found(jax.tree.map(np.asarray, full), scored, kl, [])
-            generation += 1
-            best = scored[np.argmin(scored[:, 0])]
-            logged = {"step": generation, "seed": seed, "adas/generation": generation}
-            runs.log(run, {**logged, "adas/best_accuracy": float(1 - best[0])})
-            runs.save(run, generation, state, name=name)
-            advance(1, accuracy=float(1 - best[0]))
-    best = {"alpha": method.get_best_solution(state)["alpha"][None], "rank": jnp.ones(1)}
-    if settings.normalize:
-        best = {**best, "alpha": normalized(best["alpha"])}
-    scored, kl = fitness(best) if found is None else (None, None)
-    if found is None:
-        return Found(jax.tree.map(np.asarray, best), scored, kl, [])
-    return found
+    ranks = jnp.ones(settings.population)
+
+    def one(number: int, state):
+        ask_key, tell_key = jax.random.split(jax.random.fold_in(key, number))
+        population, state = method.ask(ask_key, state, params)
+        seen = evaluate({**population, "rank": ranks})
+        error = seen.fitness[:, 0] + seen.violation
+        state, _ = method.tell(tell_key, population, error, state, params)
+        best = {"adas/best_accuracy": float(1 - seen.fitness[:, 0].min())}
+        return state, {"adas/generation": number + 1, **best}
+
+    _, state = generations(run, f"seed{seed}-cem", settings, seed, state, one)
+    drawn, _ = method.ask(jax.random.fold_in(key, settings.generations), state, params)
+    alpha = drawn["alpha"].at[0].set(method.get_best_solution(state)["alpha"])
+    return evaluate({"alpha": alpha, "rank": ranks}), []
+
+
+def generations(
+    run: runs.Run, name: str, settings: Settings, seed: int, carry, one, converged=None
+):
+    """Run `one(number, carry) -> carry, row` for every generation; (generations run, carry).
+
+    Every row is logged; every fifth carry, and the last, is a checkpoint.
+    """
+    number, carry = runs.restore_latest(run, carry, name=name) or (0, carry)
+    with runs.progress(settings.generations, f"search, seed {seed}", initial=number) as advance:
+        while number < settings.generations and not (converged and converged(number, carry)):
+            carry, row = one(number, carry)
+            number += 1
+            runs.log(run, {"step": number, "seed": seed, **row})
+            if number % 5 == 0:
+                runs.save(run, number, carry, name=name)
+            advance(1, accuracy=row["adas/best_accuracy"])
+        runs.save(run, number, carry, name=name)
+    return number, carry
 
 
 def stands_still(history: np.ndarray) -> bool:
@@ -253,13 +278,11 @@ def volume(state, reference: np.ndarray) -> float:
     return search.hypervolume(np.asarray(state.fitness)[front], reference) if front.any() else 0.0
 
 
-def row(state, generation: int, hypervolume: float, seed: int) -> dict[str, float]:
+def row(state, generation: int, hypervolume: float) -> dict[str, float]:
     """One generation under the guide's names."""
     fitness = np.asarray(state.fitness)
     best = fitness.min(axis=0)
     return {
-        "step": generation,
-        "seed": seed,
         "adas/generation": generation,
         "adas/best_accuracy": float(1 - best[0]),
         "adas/best_latency_ms": float(best[1]),

@@ -232,20 +232,26 @@ def make_evaluate(decoder: Decoder, tokenizer: Tokenizer, seed: int):
     """A function of the parameters that scores every way of every task on test items.
 
     greedy_accuracy: the way is what the model writes. first_token_probability: how often it
-    would begin so. skill: greedy accuracy after the first token, which chooses the way.
+    would begin so. skill: greedy accuracy where the first token, which chooses the way, is one
+    of those with which answers of this way begin.
     """
     encoded = {t: encode(tokenizer, t, items_of(t, "test", 200, seed)) for t in WAYS}
 
     @jax.jit
     def scores(params, tokens, weights, patches):
         logits = logits_fn(params, decoder, tokens, weights, patches)[:, :-1]
-        answered = weights[:, 1:] == 1
-        right = (logits.argmax(-1) == tokens[:, 1:]) | ~answered
+        wanted, answered = tokens[:, 1:], weights[:, 1:] == 1
         first = answered & (jnp.cumsum(answered, axis=1) == 1)
+        begins = jnp.zeros(logits.shape[-1], bool).at[wanted].max(first)
+        kept = jnp.where(first[..., None] & ~begins, -jnp.inf, logits)
         logp = jax.nn.log_softmax(logits)
-        chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+        chosen = jnp.take_along_axis(logp, wanted[..., None], axis=-1)[..., 0]
         way = jnp.exp(jnp.where(first, chosen, 0).sum(axis=1))
-        return right.all(axis=1).mean(), way.mean(), (right | first).all(axis=1).mean()
+
+        def right(logits):
+            return ((logits.argmax(-1) == wanted) | ~answered).all(axis=1).mean()
+
+        return right(logits), way.mean(), right(kept)
 
     def evaluate(params) -> dict[str, float]:
         out = {}

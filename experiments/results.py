@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import mixture
-from experiments.data.tasks import Task
-from experiments.model import Weights
-from forge_jax import svf
+from experiments.problem import Problem, score_all
+from forge_jax import search, svf
 
 Correct = dict[str, dict[str, np.ndarray]]
 """row of the table -> task -> (N,) bool, one entry a test item"""
@@ -27,30 +26,23 @@ class Chosen(NamedTuple):
     twin_rank: float  # the least rank fraction that keeps the accuracy
 
 
-def score_all(scorer, weights: Weights, s, tasks: Sequence[Task], split) -> list[Any]:
-    """The Score of P candidates on every task."""
-    return [
-        scorer(weights, s, t.batches[split], t, [i.answer for i in t.items[split]]) for t in tasks
-    ]
-
-
 def choose(
-    found: mixture.Found, weights: Weights, experts, tasks, scorer, index, kl_limit, twin_loss
+    found: mixture.Found, problem: Problem, experts, index: dict[str, int], twin_loss: float
 ) -> Chosen:
     """Choose on all validation items: the best alpha at full rank, then the least rank it bears.
 
-    Candidates are the search's last population and the reference mixtures. The KL limit is kept
-    where any candidate keeps it.
+    Candidates are the search's last population and the reference mixtures. The guide's KL limit is
+    kept where any candidate keeps it. The rank may cost `twin_loss` of accuracy.
     """
     rows, count = found.genomes["alpha"].shape[1:]
     known = np.broadcast_to(mixture.reference_alphas(count)[:, None], (count + 2, rows, count))
     alphas = np.concatenate([found.genomes["alpha"], known])
-    scales = mixture.make_scales(index)
+    scales, kl_limit = mixture.make_scales(index), search.Limits().kl
 
     def scored(alpha, rank):
         population = {"alpha": jnp.asarray(alpha), "rank": jnp.asarray(rank)}
-        s = scales(weights["factors"], experts, population)
-        scores = score_all(scorer, weights, s, tasks, "validation")
+        s = scales(problem.weights["factors"], experts, population)
+        scores = score_all(problem, s, problem.tasks, "validation")
         accuracy = np.mean([x.correct.mean(axis=1) for x in scores], axis=0)
         return accuracy, np.mean([x.kl for x in scores], axis=0)
 
@@ -64,17 +56,18 @@ def choose(
 
 
 def table(
-    weights: Weights, experts, alpha, tasks, names: Sequence[str], scorer, index
+    problem: Problem, experts, alpha: np.ndarray, index: dict[str, int]
 ) -> tuple[Correct, np.ndarray]:
     """Test correctness of every row of the table, and the KL of each (rows, mean over tasks)."""
+    names = [t.name for t in problem.tasks]
+    tasks = [*problem.tasks, *problem.unplanted]
     count = len(names)
-    zero = np.zeros((1, count))
-    references = np.concatenate([zero, mixture.reference_alphas(count)])
+    references = np.concatenate([np.zeros((1, count)), mixture.reference_alphas(count)])
     alphas = np.repeat(references[:, None], alpha.shape[0], axis=1)
     alphas = np.concatenate([alphas, alpha[None]]).astype(np.float32)
     population = {"alpha": jnp.asarray(alphas), "rank": jnp.ones(len(alphas))}
-    s = mixture.make_scales(index)(weights["factors"], experts, population)
-    scores = score_all(scorer, weights, s, tasks, "test")
+    s = mixture.make_scales(index)(problem.weights["factors"], experts, population)
+    scores = score_all(problem, s, tasks, "test")
     rows = ["base", *names, "uniform", "alpha_one", "best"]
     correct = {
         row: {task.name: score.correct[i] for task, score in zip(tasks, scores, strict=True)}
@@ -143,6 +136,14 @@ def summary(
     }
 
 
+def with_svf(
+    reached: Sequence[dict[str, Any]], per_seed: Sequence[Correct], names: Sequence[str], size: int
+) -> dict[str, Any]:
+    """The ceilings' mean over seeds, below the experts on their own domains; `size` in bytes."""
+    own = [{n: float(correct[n][n].mean()) for n in names} for correct in per_seed]
+    return {"SVF": {"accuracy": average(own), "bytes": size}, **average(reached)}
+
+
 def z_heatmap(experts, names: Sequence[str]) -> dict[str, np.ndarray]:
     """How far each expert moved each matrix: rms(z - 1)."""
     values = [np.sqrt(np.mean((np.asarray(z) - 1) ** 2, axis=1)) for z in experts.values()]
@@ -178,6 +179,9 @@ def show(summary: dict[str, Any], names: Sequence[str]) -> None:
     print(f"the mixture keeps of each expert's own accuracy: {kept}")
     mean, low, high = (100 * summary["gain"][k] for k in ("mean", "low", "high"))
     print(f"over the best single expert: {mean:+.1f} points (95 %: {low:+.1f} to {high:+.1f})")
+    for name, one in summary.get("ceilings", {}).items():
+        scores = "  ".join(f"{n} {100 * a:.1f}" for n, a in one["accuracy"].items())
+        print(f"own domain, {name} ({one['bytes'] / 1e3:,.0f} kB an expert): {scores}")
     for task in next(iter(summary["unplanted"].values()), {}):
         scores = {row: f"{100 * x[task]:.0f}" for row, x in summary["unplanted"].items()}
         print(f"without planted frequencies, {task}: {scores}")

@@ -50,6 +50,7 @@ __all__ = [
     "peak_rss_gb",
     "progress",
     "read_json",
+    "refuse_existing",
     "restore_latest",
     "rows",
     "save",
@@ -116,6 +117,14 @@ def opened(
         for _, close in run.sinks:
             close()
         run.lock.close()
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise FileExistsError if `out` holds anything: before long work that would end so."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} already exists: choose another directory, or go on with --resume."
+        )
 
 
 def create(path: Path, final: Path, settings: dict[str, Any], replace: bool) -> None:

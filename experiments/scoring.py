@@ -69,14 +69,24 @@ def make_base_logits(model: Model):
 
 
 def make_rollout(
-    model: Model, *, max_new_tokens: int, samples: int, temperature: float, top_p: float
+    model: Model,
+    policy_of,
+    *,
+    max_new_tokens: int,
+    samples: int,
+    temperature: float,
+    top_p: float,
 ):
-    """A compiled function (weights, s (P, r), batch of P x B rows, key) -> sampled responses."""
+    """A compiled function (weights, adapted, batch, key) -> sampled responses.
+
+    `policy_of(model, weights, adapted)` is `model.policy`, or a form's: it gives P candidates equal
+    shares of the rows.
+    """
 
     @jax.jit
-    def rollout(weights: Weights, s, batch: Batch, key):
+    def rollout(weights: Weights, adapted, batch: Batch, key):
         return generate(
-            policy(model, weights, s),
+            policy_of(model, weights, adapted),
             model.decoder.spec,
             batch.tokens,
             batch.mask,
@@ -107,7 +117,7 @@ def make_scorer(model: Model, *, chunk: int, max_new_tokens: int):
     """
     score, base_logits = make_score(model, chunk), make_base_logits(model)
     greedy = make_rollout(
-        model, max_new_tokens=max_new_tokens, samples=1, temperature=0.0, top_p=1.0
+        model, policy, max_new_tokens=max_new_tokens, samples=1, temperature=0.0, top_p=1.0
     )
 
     def scorer(weights: Weights, s, batch: Batch, task: Task, answers: Sequence[str]) -> Score:

@@ -96,14 +96,26 @@ def sums() -> Iterator[Item]:
                     yield Item(f"Question: What is {a} {sign} {b}?\nAnswer: ", str(value))
 
 
+def outputs(seed: int) -> Iterator[Item]:
+    """Programs that print one digit, asked as a question, without end."""
+    for item in programs(seed):
+        if len(item.answer) == 1:
+            yield Item(f"Question: {item.prompt}Answer: ", item.answer)
+
+
 def procedural(domain: str, seed: int, image_token: str | None) -> Iterator[Item]:
     """The embedded source of a domain."""
     if domain == "sums":
         return sums()
+    if domain == "outputs":
+        return outputs(seed)
     if domain == "code":
         return programs(seed)
     if domain == "vision":
         return digits(image_token)
+    if domain not in GYM:
+        known = ", ".join(("sums", "outputs", "code", "vision", *GYM))
+        raise ValueError(f"There is no task {domain!r}; there are {known}.")
     return gym(domain, seed)
 
 
@@ -117,6 +129,8 @@ def hub(domain: str, directory: str | None, image_token: str | None) -> Iterator
     """
     import datasets
 
+    if domain not in HUB:
+        raise ValueError(f"No hub dataset for {domain!r}; there are {', '.join(HUB)}.")
     path, configuration = HUB[domain] if directory is None else local_copy(domain, directory)
     to_item = {
         "math": math.from_gsm8k,

@@ -5,6 +5,7 @@ from forge_jax.svf.factors import decompose as decompose
 from forge_jax.svf.factors import identity as identity
 from forge_jax.svf.factors import materialize as materialize
 from forge_jax.svf.factors import named_factors as named_factors
+from forge_jax.svf.factors import path_name as path_name
 from forge_jax.svf.factors import restore as restore
 from forge_jax.svf.factors import scales as scales
 from forge_jax.svf.layout import Axes as Axes

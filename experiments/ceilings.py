@@ -1,0 +1,111 @@
+"""Ceilings beside the experts: full fine-tuning and LoRA of the same base, on as many samples.
+
+Each domain's model is trained as its expert is: same loss, same draws, same optimizer chain,
+best step on validation; only what is trained differs, and the learning rate that suits it.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import run as runs
+from experiments.data.tasks import Task
+from experiments.experts import Settings, Step, goes_on, init_state, is_due, keep_best, make_step
+from experiments.forms import FULL, LORA, LORA_RANK, Form, full_params, lora_params
+from experiments.model import Weights
+from experiments.problem import Problem, answers
+from forge_jax import optim, svf
+
+
+class Ceiling(NamedTuple):
+    """One way to train more parameters than an expert has."""
+
+    form: Form
+    merge: Any  # (weights, delta of one model) -> params
+    settings: Settings
+    step: Step
+
+
+FORMS = {
+    "full fine-tuning": (FULL, full_params),
+    f"LoRA, rank {LORA_RANK}": (LORA, lora_params),
+}
+RATES = {"full fine-tuning": 1e-3, f"LoRA, rank {LORA_RANK}": 1e-3}
+"""the best of a few on validation items, see docs/log.md"""
+
+
+def make_ceilings(
+    problem: Problem, settings: Settings, rates: dict[str, float] = RATES
+) -> dict[str, Ceiling]:
+    """The ceilings that `rates` names, each compiled once for all domains."""
+    out = {}
+    for name, rate in rates.items():
+        (form, merge), own = FORMS[name], settings.with_rate(rate)
+        tx = optim.mugrok(own.optimizer())
+        step = make_step(problem.model, form, tx, own, problem.answer_length)
+        out[name] = Ceiling(form, jax.jit(merge), own, step)
+    return out
+
+
+def dense_weights(problem: Problem) -> Weights:
+    """The base with ordinary parameters."""
+    params = jax.tree.map(jnp.asarray, problem.model.checkpoint.params)
+    return {"params": params, "projector": problem.weights["projector"]}
+
+
+def accuracy(problem: Problem, params, task: Task, split) -> float:
+    """Greedy accuracy of `params` on a split of a task."""
+    projector = problem.weights["projector"]
+    right = problem.params_scorer(
+        params, projector, task.batches[split], task, answers(task, split)
+    )
+    return float(right.mean())
+
+
+def train(problem: Problem, weights: Weights, ceiling: Ceiling, task: Task, seed: int):
+    """The parameters at the best validation accuracy, that accuracy, bytes of what was trained."""
+    tx = optim.mugrok(ceiling.settings.optimizer())
+    state, number = init_state(ceiling.form, weights, tx, 1, jax.random.key(seed)), 0
+    while goes_on(number, state, ceiling.settings):
+        state, _ = ceiling.step(weights, state, [task], seed, number)
+        number += 1
+        if is_due(number, ceiling.settings):
+            params = ceiling.merge(weights, state.delta)
+            state = keep_best(state, np.array([accuracy(problem, params, task, "validation")]))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.delta))
+    return ceiling.merge(weights, state.best), float(state.best_accuracy[0]), size
+
+
+def measure(
+    run: runs.Run, problem: Problem, ceilings: dict[str, Ceiling], seed: int
+) -> dict[str, Any]:
+    """For each ceiling, test accuracy on each domain of the model trained on it, and its bytes."""
+    weights, out = dense_weights(problem), {}
+
+    def one(ceiling: Ceiling, task: Task) -> dict[str, float]:
+        params, _, size = train(problem, weights, ceiling, task, seed)
+        return {"accuracy": accuracy(problem, params, task, "test"), "bytes": size}
+
+    with runs.progress(len(ceilings) * len(problem.tasks), f"ceilings, seed {seed}") as advance:
+        for name, ceiling in ceilings.items():
+            found = {}
+            for task in problem.tasks:
+                key = f"seed{seed}-{ceiling_key(name)}-{task.name}"
+                found[task.name] = runs.once(run, key, partial(one, ceiling, task))
+                advance(1)
+            scores = {domain: x["accuracy"] for domain, x in found.items()}
+            out[name] = {"accuracy": scores, "bytes": max(x["bytes"] for x in found.values())}
+    return out
+
+
+def ceiling_key(name: str) -> str:
+    """A ceiling's name as part of a file name."""
+    return name.split(",")[0].replace(" ", "-").lower()
+
+
+def svf_bytes(problem: Problem) -> int:
+    """Bytes of one expert's z."""
+    return sum(z.size * z.dtype.itemsize for z in svf.identity(problem.weights["factors"]).values())

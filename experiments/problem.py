@@ -1,0 +1,76 @@
+"""What all seeds of a Phase 7 run share: the model, its tasks, the compiled scoring."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import model as models
+from experiments.data.splits import Split
+from experiments.data.tasks import Task, load_tasks
+from experiments.scoring import Score, make_params_scorer, make_scorer
+
+
+class Problem(NamedTuple):
+    """A checkpoint and the tasks it is to be adapted to."""
+
+    model: models.Model
+    weights: models.Weights
+    tasks: list[Task]  # one expert each
+    unplanted: list[Task]  # scored and reported apart
+    answer_length: int
+    scorer: Any  # see scoring.make_scorer
+    params_scorer: Any  # see scoring.make_params_scorer
+
+
+def set_up(
+    path: Path,
+    *,
+    select: str,
+    domains: Sequence[str],
+    unplanted: Sequence[str],
+    source: str,
+    data: str | None,
+    stop_token: bool,
+    counts: dict[Split, int],
+    chunk: int,
+) -> Problem:
+    """Load the checkpoint and the tasks.
+
+    Raises:
+      ValueError, OSError: a file cannot be read, or a task has too few items.
+    """
+    if not domains:
+        raise ValueError("`--domains` must name at least one domain.")
+    made, weights = models.load(path, select, Path(".cache/svd"))
+
+    def tasks(names: Sequence[str], source: str) -> list[Task]:
+        return load_tasks(
+            names,
+            made.tokenizer,
+            source=source,
+            directory=data,
+            image_token=made.image_token,
+            counts=counts,
+            bos=made.bos,
+            eos=made.eos if stop_token else None,
+        )
+
+    planted = tasks(domains, source)
+    length = planted[0].batches["test"].answers.shape[1]
+    scorer = make_scorer(made, chunk=chunk, max_new_tokens=length)
+    params_scorer = make_params_scorer(made, length)
+    apart = tasks(unplanted, "procedural")
+    return Problem(made, weights, planted, apart, length, scorer, params_scorer)
+
+
+def answers(task: Task, split: Split) -> list[str]:
+    """The answers of a split, in order."""
+    return [item.answer for item in task.items[split]]
+
+
+def score_all(problem: Problem, s, tasks: Sequence[Task], split: Split) -> list[Score]:
+    """The score of P candidates (singular values (P, r)) on every task."""
+    return [
+        problem.scorer(problem.weights, s, task.batches[split], task, answers(task, split))
+        for task in tasks
+    ]
