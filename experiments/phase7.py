@@ -75,13 +75,15 @@ PRESETS = {
         "SmolLM2-135M-Instruct, small settings",
         Args(
             base="smollm2",
-            domains=("sums", "outputs"),
+            domains=("sums", "largest"),
             unplanted=(),
             stop_token=False,
             train_items=60,
             validation_items=10,
             test_items=18,
-            training=experts.Settings(steps=20, samples=16, validate_every=4),
+            training=experts.Settings(
+                steps=16, prompts=12, samples=16, learning_rate=5e-3, validate_every=4, patience=2
+            ),
             mixing=mixture.Settings(
                 population=6, generations=3, search_items=10, calibration_ranks=(1.0, 0.2)
             ),

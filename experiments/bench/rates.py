@@ -31,7 +31,7 @@ class Args:
     seed: int = 100
     """none of the demo's"""
     z_rates: tuple[float, ...] = (2e-3, 5e-3, 1e-2, 2e-2)
-    ceiling_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    ceiling_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     domains: tuple[str, ...] = ("math", "vision")
     """those on which the ceilings are compared"""
 
