@@ -18,6 +18,7 @@ import tyro
 
 from experiments import artifacts, ceilings, experts, measure, mixture, model, results
 from experiments import run as runs
+from experiments.data.splits import Split
 from experiments.forms import SVF
 from experiments.problem import Problem, set_up
 from experiments.reopen import check
@@ -105,7 +106,11 @@ def parse_seeds(text: str) -> list[int]:
 def load(args: Args) -> Problem:
     """The checkpoint and the tasks that the arguments name."""
     own = model.NANO if args.base == "nano" else model.smollm2()
-    counts = {"train": args.train_items, "validation": args.validation_items}
+    counts: dict[Split, int] = {
+        "train": args.train_items,
+        "validation": args.validation_items,
+        "test": args.test_items,
+    }
     return set_up(
         args.checkpoint or own,
         select=args.select,
@@ -114,7 +119,7 @@ def load(args: Args) -> Problem:
         source=args.source,
         data=args.data,
         stop_token=args.stop_token,
-        counts={**counts, "test": args.test_items},
+        counts=counts,
         chunk=args.chunk,
     )
 

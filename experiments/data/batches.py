@@ -1,7 +1,7 @@
 """Items to arrays: token rows padded on the left, patches, answers."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -11,13 +11,13 @@ from forge_jax.domains import Item, vision
 
 
 class Batch(NamedTuple):
-    """Prompts as the decoder takes them, and their answers."""
+    """Prompts as the decoder takes them, and their answers: NumPy, JAX where it is traced."""
 
-    tokens: Int[np.ndarray, "items time"]  # padded on the left
-    mask: Bool[np.ndarray, "items time"]
-    patches: Float[np.ndarray, "items patches pixels"]  # zeros where there is no image
-    answers: Int[np.ndarray, "items answer_time"]  # with the stop token, padded on the right
-    answer_mask: Bool[np.ndarray, "items answer_time"]
+    tokens: Int[Any, "items time"]  # padded on the left
+    mask: Bool[Any, "items time"]
+    patches: Float[Any, "items patches pixels"]  # zeros where there is no image
+    answers: Int[Any, "items answer_time"]  # with the stop token, padded on the right
+    answer_mask: Bool[Any, "items answer_time"]
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, fill: int, left: bool):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from experiments import run as runs
 from experiments.model import NANO
 from interop import load_phase6, load_phase8
 
-DATA = {"train_items": 16, "validation_items": 8, "test_items": 8}
-TRAINING = {"steps": 4, "prompts": 4, "samples": 4, "validate_every": 2}
-MIXING = {"population": 8, "generations": 3, "search_items": 4}
+DATA: dict[str, Any] = {"train_items": 16, "validation_items": 8, "test_items": 8}
+TRAINING: dict[str, Any] = {"steps": 4, "prompts": 4, "samples": 4, "validate_every": 2}
+MIXING: dict[str, Any] = {"population": 8, "generations": 3, "search_items": 4}
 
 
 def first_layers(folder, count):
@@ -120,7 +121,7 @@ def writing_the_second_seed(partial):
 def test_resumes_to_the_same_bits_after_kill(checkpoint, unbroken, tmp_path, moment):
     out, partial = tmp_path / "run", tmp_path / "run.partial"
     # timings are measured once and reused: with those of the unbroken run all else must agree
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     line = command(checkpoint, out, *TWO_SEEDS)
     process = subprocess.Popen(line, env=ENVIRONMENT, **silent)
     while not (partial / "metrics.jsonl").is_file():
@@ -175,7 +176,12 @@ def test_a_killed_lift_is_called_again(tmp_path):
 def test_the_other_ways_through(tmp_path):
     """CEM, one alpha a layer that sums to 1, supervised z, and every view of the record."""
     training = {**TRAINING, "supervised": True, "learning_rate": 0.05}
-    mixing = {"search": "cem", "per_layer": True, "normalize_alpha": True, "evaluations": 2}
+    mixing: dict[str, Any] = {
+        "search": "cem",
+        "per_layer": True,
+        "normalize_alpha": True,
+        "evaluations": 2,
+    }
     (tmp_path / "base").mkdir()
     args = args_for(
         tmp_path,
@@ -228,7 +234,7 @@ def test_plain_rewards_unit_alpha_and_ceilings(checkpoint, tmp_path):
     assert "LoRA" in (args.out / "report.html").read_text()
 
 
-def refused(args, capsys, lines=1) -> str:
+def refused(args, capsys, lines: int | None = 1) -> str:
     with pytest.raises(SystemExit) as stop:
         phase7.main(args)
     assert stop.value.code == 2
