@@ -65,7 +65,9 @@ def mugrok(
             gradients, parameters and state do not belong together.
     """
     config.validate()
-    if not muon_weight_decay >= 0:
+    # A traced decay, as of a torch group, has no value to check.
+    known = isinstance(muon_weight_decay, int | float)
+    if known and not muon_weight_decay >= 0:
         raise ValueError(f"`muon_weight_decay` must be at least 0, got {muon_weight_decay}.")
     watch = measures.measured if diagnostics else lambda tx, measure: tx
     mask = None if decay_mask is None else lambda params: _by_path(decay_mask, params)
@@ -83,9 +85,9 @@ def mugrok(
         ),
         scale_by_fan(update_scale, layout),
         # Without decay the link would still read every parameter.
-        optax.add_decayed_weights(muon_weight_decay, mask)
-        if muon_weight_decay
-        else optax.identity(),
+        optax.identity()
+        if known and not muon_weight_decay
+        else optax.add_decayed_weights(muon_weight_decay, mask),
         optax.scale_by_learning_rate(config.muon_lr),
     )
     links = [watch(optax.identity(), measures.norm_of("gradient/norm"))]

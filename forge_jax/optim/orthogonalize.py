@@ -88,7 +88,7 @@ def orthogonalize_and_count(
     y = y.mT if tall else y
     if polynomials is None:
         y = _svd(y)
-    elif _gram_is_cheaper(*y.shape[-2:], polynomials):
+    elif _gram_cost(*y.shape[-2:], polynomials) < _whole_cost(*y.shape[-2:], polynomials):
         y = _by_gram_matrix(y, polynomials)
     else:
         y = _by_optax(y, polynomials)
@@ -186,11 +186,29 @@ def _segments(polynomials: np.ndarray) -> list[np.ndarray]:
     return np.split(polynomials, cuts)
 
 
-def _gram_is_cheaper(m: int, n: int, polynomials: np.ndarray) -> bool:
-    """Count the products of m x m by m x n and m x m matrices, in units of m m multiplications."""
-    whole = len(polynomials) * (2 * n + m)
-    gram = sum(2 * n + (4 * len(segment) - 3) * m for segment in _segments(polynomials))
-    return gram < whole
+def multiplications(m: int, n: int, coeffs: Coefficients = "jordan", steps: int = 5) -> int:
+    """Return the multiplications that the steps take on an m x n matrix, m <= n, before polishing.
+
+    Raises:
+        ValueError: they are the SVD, which is no fixed number of products.
+    """
+    polynomials = schedule(coeffs, steps)
+    if polynomials is None:
+        raise ValueError(f"The SVD has no count; got {coeffs=}, {steps=}.")
+    return m * m * min(_whole_cost(m, n, polynomials), _gram_cost(m, n, polynomials))
+
+
+def _whole_cost(m: int, n: int, polynomials: np.ndarray) -> int:
+    """Count multiplications over m m: X Xt and B X are n, A A is m."""
+    return len(polynomials) * (2 * n + m)
+
+
+def _gram_cost(m: int, n: int, polynomials: np.ndarray) -> int:
+    """Count multiplications over m m: a segment is X Xt, P X, and four m x m products a step.
+
+    Its first step has no P to multiply yet, its last needs no G after it.
+    """
+    return sum(2 * n + (4 * len(segment) - 3) * m for segment in _segments(polynomials))
 
 
 def _polish(

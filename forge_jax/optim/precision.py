@@ -20,10 +20,11 @@ class MasterCopyState(NamedTuple):
 def master_copy(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Run `tx` on a float32 copy of the parameters, which its state keeps.
 
-    The emitted update takes the parameters to the rounded copy, in their own dtype: exactly where
-    a parameter moves by less than a factor of two, else to within one unit in the last place,
-    which the next update makes good. So steps too small for bfloat16 add up in the copy instead
-    of being lost. Changes made to the parameters by anyone else are overwritten.
+    Steps too small for bfloat16 add up in the copy instead of being lost. The emitted update, in
+    the dtype of the gradients, takes the parameters to the rounded copy: exactly where a step is
+    small against its parameter, else up to the rounding of the step itself. That error does not
+    add up, as each update starts from where the parameters are; for the same reason changes made
+    to the parameters by anyone else are overwritten.
 
     Raises:
         ValueError: in `update`, `params` are missing.

@@ -55,14 +55,20 @@ def test_1000_equal_pushes_stay_inside():
 
 
 @pytest.mark.parametrize("heads", [1, 2, 5])
-def test_matches_reference_per_head(heads):
-    w = np.random.default_rng(0).standard_normal((12, 20)).astype(np.float32)
-    u = np.random.default_rng(1).standard_normal((12, 20)).astype(np.float32)
-    got, state = apply(optim.qk_clip(6.5, heads), jnp.asarray(w), jnp.asarray(u))
-    np.testing.assert_allclose(got, project(w, u, 6.5, heads), rtol=1e-5, atol=1e-6)
-    norms = [np.linalg.norm(p) for p in np.split(w + u, heads, axis=1)]
-    assert state.num_clipped == sum(n > 6.5 for n in norms)
-    np.testing.assert_allclose(state.max_norm, max(norms), rtol=1e-6)
+def test_matches_reference_per_head_over_20_steps(heads):
+    rng = np.random.default_rng(0)
+    w = 0.2 * rng.standard_normal((12, 20)).astype(np.float32)
+    pushes = 0.1 * rng.standard_normal((20, 12, 20)).astype(np.float32)
+    tx = optim.qk_clip(1.0, heads)
+    step = jax.jit(lambda w, u: apply(tx, w, u))
+    got, want = jnp.asarray(w), w.astype(np.float64)
+    for u in pushes:
+        norms = [np.linalg.norm(p) for p in np.split(want + u, heads, axis=1)]
+        got, state = step(got, jnp.asarray(u))
+        want = project(want, u, 1.0, heads)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+        assert state.num_clipped == sum(n > 1.0 for n in norms)
+        np.testing.assert_allclose(state.max_norm, max(norms), rtol=1e-5)
 
 
 def test_inside_the_ball_the_update_is_kept_bit_for_bit():

@@ -31,7 +31,7 @@ def norm(tree):
 def test_every_number_is_the_measured_one():
     tx = optim.mugrok(CONFIG, diagnostics=True, num_heads=2)
     state = tx.init(PARAMS)
-    assert set(optim.diagnostics(state).values()) == {0.0}
+    assert not any(optim.diagnostics(state).values())
     grads = gradient(0)
     updates: Any
     updates, state = jax.jit(tx.update)(grads, state, PARAMS)

@@ -12,7 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from forge_jax import optim
 
-GRADS = np.random.default_rng(0).standard_normal((20, 6, 10)).astype(np.float32)
+GRADS = np.random.default_rng(0).standard_normal((20, 6, 40)).astype(np.float32)
 
 
 def reference(grads, momentum, nesterov):
@@ -40,8 +40,11 @@ def run(tx, grads) -> Any:
 @pytest.mark.parametrize("momentum", [0.0, 0.95])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_matches_reference(momentum, nesterov):
-    got = run(optim.scale_by_muon(momentum, nesterov=nesterov), {"w": GRADS})[1]["w"]
-    np.testing.assert_allclose(got, reference(GRADS, momentum, nesterov), atol=5e-6)
+    got = np.asarray(run(optim.scale_by_muon(momentum, nesterov=nesterov), {"w": GRADS})[1]["w"])
+    want = reference(GRADS, momentum, nesterov)
+    error = np.linalg.norm(got - want, axis=(1, 2)) / np.linalg.norm(want, axis=(1, 2))
+    print(f"largest relative difference in 20 steps: {error.max():.1e}")
+    assert error.max() <= 1e-6
 
 
 def test_a_stack_of_layers_is_a_batch_of_matrices():
@@ -58,8 +61,8 @@ def test_a_layout_joins_axes():
     def joined(path, leaf):
         return MuonDimensionNumbers(0, (1, 2))
 
-    got = run(optim.scale_by_muon(layout=joined), GRADS.reshape(20, 6, 2, 5))[1]
-    np.testing.assert_allclose(got.reshape(20, 6, 10), reference(GRADS, 0.95, False), atol=5e-6)
+    got = run(optim.scale_by_muon(layout=joined), GRADS.reshape(20, 6, 8, 5))[1]
+    np.testing.assert_allclose(got.reshape(20, 6, 40), reference(GRADS, 0.95, False), atol=5e-6)
 
     def overlapping(path, leaf):
         return MuonDimensionNumbers(0, (0, 1))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from forge_jax import optim
-from forge_jax.optim.orthogonalize import schedule
+from forge_jax.optim.orthogonalize import multiplications, schedule
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 orthogonalize = jax.jit(optim.orthogonalize, static_argnames=("steps", "coeffs", "tol"))
@@ -151,6 +151,16 @@ def test_own_coefficients():
     want = reference(x, [cubic] * 3)
     np.testing.assert_allclose(orthogonalize(x, 3, cubic), want, atol=1e-5)
     np.testing.assert_allclose(orthogonalize(x, 3, (cubic,) * 4), want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"), [((320, 1280), 0.56), ((320, 32768), 0.22), ((320, 320), 1.0)]
+)
+def test_gram_form_saves_what_is_claimed(shape, share):
+    m, n = shape
+    assert multiplications(m, n) / (5 * m * m * (2 * n + m)) == pytest.approx(share, abs=5e-3)
+    with pytest.raises(ValueError, match="SVD has no count"):
+        multiplications(m, n, "svd")
 
 
 @pytest.mark.parametrize(

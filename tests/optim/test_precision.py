@@ -41,16 +41,23 @@ def bits(tree):
 
 
 def test_master_copy_keeps_bfloat16_params_at_the_rounded_float32_ones():
-    short = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     tx = optim.master_copy(optim.mugrok(CONFIG))
-    params, state = train(tx, short, tx.init(short), range(10))
-    same, total = 0, 0
-    for p, m in zip(jax.tree.leaves(params), jax.tree.leaves(state.master), strict=True):
-        assert m.dtype == jnp.float32
-        ulp = np.abs(np.asarray(m)) * 2.0**-8 + 1e-30
-        assert np.all(np.abs(np.asarray(p, np.float32) - np.asarray(m)) <= 1.01 * ulp)
-        same, total = same + int((p == m.astype(jnp.bfloat16)).sum()), total + p.size
-    assert same >= 0.99 * total
+    before = state = tx.init(params)
+    same = total = 0
+    for seed in range(5):
+        before, (params, state) = state, train(tx, params, state, [seed])
+        for name, m in state.master.items():
+            assert m.dtype == jnp.float32
+            rounded, step = m.astype(jnp.bfloat16), m - before.master[name]
+            gap = jnp.abs(params[name].astype(jnp.float32) - rounded.astype(jnp.float32))
+            # Half a unit of the step, and half a unit where that rounding crosses a tie.
+            assert jnp.all(gap <= 2.0**-8 * (jnp.abs(step) + jnp.abs(m)))
+            far = jnp.abs(step) > 0.4 * jnp.abs(m)
+            assert jnp.all(jnp.where(far, 0, gap) == 0)
+            same, total = same + int((gap == 0).sum()), total + m.size
+    print(f"{same} of {total} entries are the rounded copy")
+    assert same > 0.9 * total
 
 
 def test_steps_below_the_resolution_of_bfloat16_add_up():
@@ -116,7 +123,8 @@ def test_orbax_resumes_bit_for_bit(tmp_path, wrap):
 
 def main():
     """Print the largest difference between 8 devices and one; run in a process of its own."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=auto)
     specs = {
         "q_proj": ("data", "model"),
         "k_proj": (None, "model"),
