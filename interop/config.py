@@ -1,18 +1,60 @@
-"""Hugging Face's LlamaConfig fields as a `DecoderSpec`, and the checkpoint they come in."""
+"""config.json of every family as a `DecoderSpec` and back, and the checkpoint they come in."""
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from forge_jax.models.decoder import DecoderSpec
-from interop.formats import add_suffix, read_json, read_safetensors
-from interop.names import Names, Params
+from forge_jax.models import DecoderSpec, RopeScaling
+from interop.formats import complain
+from interop.names import Params
+from interop.rules import Names
 
+
+class Family(NamedTuple):
+    """A `model_type` of transformers: its class, and what a config of it may leave out."""
+
+    architecture: str
+    defaults: dict[str, Any]
+
+
+_WINDOWED = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", {"max_position_embeddings": 32768, **_WINDOWED}),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", {"max_position_embeddings": 32768, "head_dim": 128, **_WINDOWED}
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        {
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+        },
+    ),
+}
+_ONE_OF = ", ".join(repr(name) for name in FAMILIES)
+# GPT2Config's names of what the other families call otherwise
+_GPT2_FIELDS = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "activation_function": "hidden_act",
+}
+_GELU_NEW = ("gelu_new", "gelu_pytorch_tanh")  # one function under two names
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -38,49 +80,120 @@ class Checkpoint(NamedTuple):
 
 
 def spec_from_config(
-    config: Mapping[str, Any], source: str, *, has_lm_head: bool | None = None
+    config: Mapping[str, Any],
+    source: str,
+    *,
+    has_lm_head: bool | None = None,
+    fused_qkv: bool | None = None,
 ) -> DecoderSpec:
-    """Read the Llama fields of `config`.
+    """Read a config of one of the `FAMILIES`; without a `model_type` it is Llama's.
 
     Args:
-        config: fields of LlamaConfig; those it has defaults for may be absent.
+        config: fields of the family's config class; those it has defaults for may be absent.
         source: the file to name in an error.
         has_lm_head: whether the weights hold an `lm_head`; it decides about a config that does
             not say `tie_word_embeddings`.
+        fused_qkv: whether GPT-2's c_attn stays one matrix; None is what the config's own
+            `fused_qkv` says, else True.
 
     Raises:
         ValueError: naming all fields that are missing, malformed or not supported.
     """
-    problems = _unsupported(config)
-    problems += [_count(config, name) for name in _COUNTS]
+    title, said = f"config of {source}", _family_name(config)
+    name = said if said in FAMILIES else "llama"
+    fields = _fields(config, name)
+    window, first = _window(fields, name)
     optional = ("num_key_value_heads", "head_dim", "max_position_embeddings", "image_token_id")
-    problems += [_count(config, n, least=0) for n in optional if config.get(n) is not None]
-    rope = _rope(config)
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    eps = config.get("rms_norm_eps", 1e-6)
-    for name, value in (("rope_theta", theta), ("rms_norm_eps", eps)):
-        if not _is_positive(value):
-            problems.append(f"{name}: have {value!r}, want a positive number")
-    problems = [p for p in problems if p]
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in sorted(problems))
-        raise ValueError(f"config of {source} does not fit:\n{lines}")
+    rope = _rope(fields)
+    theta = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
+    eps = fields.get("rms_norm_eps", 1e-6)
+    problems = [
+        "" if said == name else f"model_type: {said!r} is not supported, want {_ONE_OF}",
+        *_unsupported(fields, name, rope),
+        *(_count(fields, n) for n in _COUNTS),
+        *(_count(fields, n, least=0) for n in optional if fields.get(n) is not None),
+        *_scaling_problems(rope),
+        *(
+            f"{n}: have {value!r}, want a positive number"
+            for n, value in (("rope_theta", theta), ("rms_norm_eps", eps))
+            if not _is_positive(value)
+        ),
+        *(
+            _count({"sliding_window": window, "max_window_layers": first}, n, least)
+            for n, least in (("sliding_window", 1), ("max_window_layers", 0))
+            if window is not None
+        ),
+    ]
+    complain(title, [p for p in problems if p])
 
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    tied = config.get("tie_word_embeddings")
+    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    tied = fields.get("tie_word_embeddings")
+    is_gpt2 = name == "gpt2"
+    fused = config.get("fused_qkv", True) if fused_qkv is None else fused_qkv
+    scaled = _rope_type(rope) == "llama3"
     try:
         return DecoderSpec(
-            **{name: config[name] for name in _COUNTS},
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
+            **{n: fields[n] for n in _COUNTS},
+            num_key_value_heads=(not is_gpt2 and fields.get("num_key_value_heads")) or heads,
+            head_dim=(not is_gpt2 and fields.get("head_dim")) or hidden // heads,
             rope_theta=float(theta),
             rms_norm_eps=float(eps),
-            max_position_embeddings=config.get("max_position_embeddings") or 2048,
+            max_position_embeddings=fields.get("max_position_embeddings") or 2048,
             tie_word_embeddings=has_lm_head is False if tied is None else bool(tied),
-            image_token_id=config.get("image_token_id"),
+            image_token_id=fields.get("image_token_id"),
+            rope_scaling=RopeScaling(**{n: rope[n] for n in _SCALING}) if scaled else None,
+            sliding_window=window,
+            max_window_layers=0 if window is None else first,
+            qkv_bias=name == "qwen2",
+            qk_norm=name == "qwen3",
+            is_gpt2=is_gpt2,
+            fused_qkv=is_gpt2 and bool(fused),
         )
     except ValueError as error:
-        raise ValueError(f"config of {source} does not fit: {error}") from error
+        raise ValueError(f"{title} does not fit: {error}") from error
+
+
+def _family_name(config: Mapping[str, Any]) -> str:
+    """The `model_type`; where only the class is named, the family of the class."""
+    if config.get("model_type") is not None:
+        return str(config["model_type"])
+    classes = {family.architecture: name for name, family in FAMILIES.items()}
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return classes.get(first, "llama") if isinstance(first, str) else "llama"
+
+
+def _fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The config under the other families' names, with the defaults of its own."""
+    fields = {**FAMILIES[name].defaults, **config}
+    if name != "gpt2":
+        return fields
+    for theirs, ours in _GPT2_FIELDS.items():
+        # a config in our own names comes from `dataclasses.asdict(spec)`
+        if theirs in config or ours not in config:
+            fields[ours] = fields.get(theirs, fields.get(ours))
+    if fields["intermediate_size"] is None and isinstance(fields["hidden_size"], int):
+        fields["intermediate_size"] = 4 * fields["hidden_size"]
+    return fields
+
+
+def _window(fields: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    """Size of the sliding window, None without one, and the first layer that has it."""
+    window = fields.get("sliding_window")
+    if name == "mistral":
+        return window, 0
+    if name not in ("qwen2", "qwen3") or not fields["use_sliding_window"] or window is None:
+        return None, 0
+    kinds = fields.get("layer_types")
+    first = kinds.count("full_attention") if isinstance(kinds, list) else None
+    first = fields["max_window_layers"] if first is None else first
+    return (None, 0) if isinstance(kinds, list) and first == len(kinds) else (window, first)
+
+
+def _layer_types(layers: int, window: int | None, first: int) -> list[str]:
+    """The kind of attention of every layer, in transformers' words."""
+    full = layers if window is None else min(first, layers)
+    return ["full_attention"] * full + ["sliding_attention"] * (layers - full)
 
 
 def _is_positive(value: Any) -> bool:
@@ -90,11 +203,11 @@ def _is_positive(value: Any) -> bool:
 
 def _count(config: Mapping[str, Any], name: str, least: int = 1) -> str:
     """What is wrong with a whole number of the config; empty if nothing is."""
-    if name not in config:
+    if config.get(name) is None:
         return f"{name}: missing"
     value = config[name]
     # a damaged number of layers must not make a list of as many names
-    most = 10_000 if name == "num_hidden_layers" else 2**31 - 1
+    most = 1000 if name == "num_hidden_layers" else 2**31 - 1
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         return f"{name}: have {value!r}, want a whole number from {least} to {most}"
     return ""
@@ -106,45 +219,135 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(rope) if isinstance(rope, Mapping) else {"rope_type": rope}
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    """Which rule stretches the frequencies; a factor without a rule is no rule we know."""
+    return rope.get("rope_type", rope.get("type", "unnamed" if "factor" in rope else "default"))
+
+
+def _scaling_problems(rope: Mapping[str, Any]) -> list[str]:
+    if _rope_type(rope) != "llama3":
+        return []
+    return [
+        f"rope scaling: {n} is {rope.get(n)!r}, want a positive number"
+        for n in _SCALING
+        if not _is_positive(rope.get(n))
+    ]
+
+
+def _unsupported(fields: Mapping[str, Any], name: str, rope: Mapping[str, Any]) -> list[str]:
     """Fields that ask for another computation than the decoder's."""
-    model_type = config.get("model_type")
-    architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    rope = _rope(config)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    activation = config.get("hidden_act", "silu")
+    architecture = FAMILIES[name].architecture
+    architectures = fields.get("architectures") or [architecture]
+    wanted = _GELU_NEW if name == "gpt2" else ("silu", "swish")
+    activation = fields.get("hidden_act") or wanted[0]
+    rope_type = _rope_type(rope)
+    kinds = fields.get("layer_types")
+    partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1))
     checks = {
-        f"model_type: {model_type!r} is not supported, want 'llama'": model_type
-        not in (None, "llama"),
-        f"architectures: {architectures!r} is not supported, want ['LlamaForCausalLM']": list(
-            architectures
-        )
-        != ["LlamaForCausalLM"],
-        f"rope scaling: {rope_type!r} is not supported, want 'default'": rope_type != "default",
-        f"hidden_act: {activation!r} is not supported, want 'silu'": activation
-        not in ("silu", "swish"),
-        "attention_bias: true is not supported": bool(config.get("attention_bias")),
-        "mlp_bias: true is not supported": bool(config.get("mlp_bias")),
-        "quantization_config: quantized weights are not supported": bool(
-            config.get("quantization_config")
+        f"architectures: {architectures!r} is not supported, want [{architecture!r}]": (
+            architectures != [architecture]
         ),
-        "partial_rotary_factor: only 1 is supported": rope.get(
-            "partial_rotary_factor", config.get("partial_rotary_factor", 1)
-        )
-        != 1,
+        f"rope scaling: {rope_type!r} is not supported, want 'default' or 'llama3'": (
+            rope_type not in ("default", "llama3")
+        ),
+        f"hidden_act: {activation!r} is not supported, want {wanted[0]!r}": (
+            activation not in wanted
+        ),
+        "attention_bias: true is not supported": fields.get("attention_bias"),
+        "mlp_bias: true is not supported": fields.get("mlp_bias"),
+        "quantization_config: quantized weights are not supported": (
+            fields.get("quantization_config")
+        ),
+        "partial_rotary_factor: only 1 is supported": partial != 1,
+        f"layer_types: {kinds!r} is not supported, want full before sliding attention": (
+            name in ("qwen2", "qwen3") and kinds is not None and not _is_full_first(fields)
+        ),
+        "n_head: must divide n_embd": name == "gpt2" and not _divides(fields),
+        "scale_attn_weights: false is not supported": fields.get("scale_attn_weights") is False,
+        "scale_attn_by_inverse_layer_idx: true is not supported": (
+            fields.get("scale_attn_by_inverse_layer_idx")
+        ),
+        "add_cross_attention: true is not supported": fields.get("add_cross_attention"),
     }
     return [problem for problem, holds in checks.items() if holds]
 
 
+def _divides(fields: Mapping[str, Any]) -> bool:
+    """Whether GPT-2's heads share its width evenly; what is no number is named elsewhere."""
+    width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    numbers = isinstance(width, int) and isinstance(heads, int) and heads > 0
+    return not numbers or width % heads == 0
+
+
+def _is_full_first(fields: Mapping[str, Any]) -> bool:
+    """Whether `layer_types` is what a single `max_window_layers` can say."""
+    kinds, layers = fields["layer_types"], fields.get("num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        return False
+    return kinds == _layer_types(layers, 1, kinds.count("full_attention"))
+
+
+def family_of(spec: DecoderSpec, config: Mapping[str, Any]) -> str:
+    """The `model_type` that computes what `spec` does; the config's own where several do."""
+    if spec.is_gpt2:
+        return "gpt2"
+    if spec.qk_norm:
+        return "qwen3"
+    if spec.qkv_bias:
+        return "qwen2"
+    own_mistral = config.get("model_type") == "mistral"
+    return "mistral" if own_mistral or spec.sliding_window is not None else "llama"
+
+
 def hf_config(spec: DecoderSpec, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` as transformers opens it: Llama's class, the fields of `spec`, float32 weights."""
-    dropped = ("rope_scaling", "rope_parameters", "torch_dtype", "transformers_version")
-    kept = {name: value for name, value in config.items() if name not in dropped}
+    """`config` as transformers opens it: its family's class and fields, float32 weights."""
+    name = family_of(spec, config)
+    # transformers derives these or spells them otherwise, or they come from a dataclass of ours
+    dropped = {"rope_scaling", "rope_parameters", "torch_dtype", "transformers_version"}
+    dropped |= {"layer_types", "qkv_bias", "qk_norm", "is_gpt2", "fused_qkv"}
+    if name == "gpt2":
+        dropped |= {*_GPT2_FIELDS.values(), "rope_theta", "head_dim", "num_key_value_heads"}
+    if name == "llama" or name == "gpt2":
+        dropped |= {"sliding_window", "max_window_layers"}
+    kept = {n: value for n, value in config.items() if n not in dropped}
     fields = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
+        "architectures": [FAMILIES[name].architecture],
+        "model_type": name,
         "vocab_size": spec.vocab_size,
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        "dtype": "float32",
+        **(_gpt2_config(spec) if name == "gpt2" else _llama_config(spec)),
+    }
+    if name == "mistral":
+        fields["sliding_window"] = spec.sliding_window
+    elif name in ("qwen2", "qwen3"):
+        fields |= _qwen_window(spec)
+    if spec.image_token_id is not None:
+        fields["image_token_id"] = spec.image_token_id
+    return kept | fields
+
+
+def _gpt2_config(spec: DecoderSpec) -> dict[str, Any]:
+    return {
+        "n_embd": spec.hidden_size,
+        "n_layer": spec.num_hidden_layers,
+        "n_head": spec.num_attention_heads,
+        "n_positions": spec.max_position_embeddings,
+        "n_inner": spec.intermediate_size,
+        "layer_norm_epsilon": spec.rms_norm_eps,
+        "activation_function": "gelu_new",
+        # ours: transformers ignores it, the readers here choose the same matrices again
+        "fused_qkv": spec.fused_qkv,
+    }
+
+
+def _llama_config(spec: DecoderSpec) -> dict[str, Any]:
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    if spec.rope_scaling is not None:
+        scaling = {"rope_type": "llama3"}
+        scaling |= {name: getattr(spec.rope_scaling, name) for name in _SCALING}
+    fields = {
+        "hidden_act": "silu",
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,
         "num_hidden_layers": spec.num_hidden_layers,
@@ -155,72 +358,16 @@ def hf_config(spec: DecoderSpec, config: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": spec.rms_norm_eps,
         # both spellings: transformers 4 reads the first, 5 the second
         "rope_theta": spec.rope_theta,
-        "rope_parameters": {"rope_theta": spec.rope_theta, "rope_type": "default"},
-        "tie_word_embeddings": spec.tie_word_embeddings,
-        "dtype": "float32",
+        "rope_parameters": {"rope_theta": spec.rope_theta, **scaling},
     }
-    if spec.image_token_id is not None:
-        fields["image_token_id"] = spec.image_token_id
-    return kept | fields
+    return fields if spec.rope_scaling is None else {**fields, "rope_scaling": scaling}
 
 
-def find_tokenizer(
-    directory: Path, base: str | None, spec: DecoderSpec
-) -> tuple[Tokenizer | None, dict[str, Any] | None]:
-    """The tokenizer beside the weights, and its tokenizer_config.json, where there are any.
-
-    Looks for `<base>.tokenizer.json`, `tokenizer.json` and `tokenizer/tokenizer.json`.
-    """
-    candidates = [directory / "tokenizer.json", directory / "tokenizer" / "tokenizer.json"]
-    if base is not None:
-        candidates.insert(0, add_suffix(directory / base, ".tokenizer.json"))
-    path = next((c for c in candidates if c.is_file()), None)
-    if path is None:
-        return None, None
-    text = json.dumps(read_json(path))
-    tokenizer = make_tokenizer(lambda: Tokenizer.from_str(text), path)
-    check_tokenizer(tokenizer, spec, path)
-    settings = path.parent / "tokenizer_config.json"
-    return tokenizer, read_json(settings) if settings.is_file() else None
-
-
-def make_tokenizer(make: Callable[[], Tokenizer], source: Path) -> Tokenizer:
-    """The tokenizer that `make` builds; a ValueError naming `source` if it cannot."""
-    try:
-        return make()
-    except Exception as error:  # tokenizers raises bare Exception, nothing narrower
-        raise ValueError(f"{source} holds no usable tokenizer: {error}.") from error
-
-
-def check_tokenizer(tokenizer: Tokenizer, spec: DecoderSpec, path: Path) -> None:
-    """Raise a ValueError if the tokenizer has ids that the embedding lacks."""
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= spec.vocab_size:
-        raise ValueError(
-            f"{path} has token ids up to {largest}, but the model has {spec.vocab_size} tokens."
-        )
-
-
-def find_projector(
-    directory: Path, base: str | None, spec: DecoderSpec
-) -> dict[str, np.ndarray] | None:
-    """The patch projector in `<base>.vision.safetensors` or `vision.safetensors`, float32."""
-    candidates = [directory / "vision.safetensors"]
-    if base is not None:
-        candidates.insert(0, add_suffix(directory / base, ".vision.safetensors"))
-    path = next((c for c in candidates if c.is_file()), None)
-    if path is None:
-        return None
-    tensors = read_safetensors(path)
-    kernel, bias = tensors.get("kernel"), tensors.get("bias")
-    width = spec.hidden_size
-    if kernel is None or kernel.ndim != 2 or kernel.shape[1] != width:
-        have = None if kernel is None else kernel.shape
-        raise ValueError(f"{path} needs a kernel of shape (patch, {width}), got {have}.")
-    if bias is None or bias.shape != (width,):
-        have = None if bias is None else bias.shape
-        raise ValueError(f"{path} needs a bias of shape ({width},), got {have}.")
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise ValueError(f"{path} holds NaN or infinity in {name}.")
-    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+def _qwen_window(spec: DecoderSpec) -> dict[str, Any]:
+    layers, window = spec.num_hidden_layers, spec.sliding_window
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": layers if window is None else spec.max_window_layers,
+        "layer_types": _layer_types(layers, window, spec.max_window_layers),
+    }

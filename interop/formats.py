@@ -5,6 +5,7 @@ reader, and a file that is missing, truncated or corrupted is a ValueError that 
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -35,14 +36,41 @@ _TORCH_ERRORS = (
     AttributeError,
     TypeError,
     AssertionError,
+    ArithmeticError,
+    MemoryError,
     struct.error,
 )
-_PLAIN_MODULES = ("torch", "torch._utils", "torch.storage", "collections", "_codecs")
+# What the pickle of a state_dict imports. PyTorch's own list is longer: its `bytearray` and its
+# rebuilders of other tensors let a file of 100 bytes fill the memory.
+_PLAIN = re.compile(
+    r"torch\._utils\._rebuild_(?:tensor|tensor_v2|parameter|parameter_with_state)|"
+    r"torch\.(?:\w+Storage|Size|device|(?:b?float|u?int|complex|q?u?int)\d\w*|bool|double|half)|"
+    r"torch\.storage\.(?:Typed|Untyped)Storage|torch\.serialization\._get_layout|"
+    r"collections\.OrderedDict|_codecs\.encode|(?:builtins|__builtin__)\.(?:set|complex)"
+)
+_ZIP = b"PK\x03\x04"
+_NODES, _DEPTH = 100_000, 32  # of a config
+_SHOWN = 50  # problems that one error lists
+
+
+def complain(source: str, problems: list[str]) -> None:
+    """Raise one ValueError that lists the problems of `source`, if there are any."""
+    if not problems:
+        return
+    shown = sorted(problems)[:_SHOWN]
+    more = len(problems) - len(shown)
+    lines = [*shown, *([f"and {more} more"] if more else [])]
+    raise ValueError(f"{source} does not fit:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def add_suffix(path: Path, suffix: str) -> Path:
     """`path` with `suffix` put behind its name; `Path.with_suffix` would cut a dotted name."""
     return path.parent / f"{path.name}{suffix}"
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is a file's own name: no path that could leave the directory."""
+    return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
 def require_file(path: Path) -> Path:
@@ -71,6 +99,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def plain_json(value: Any, source: str) -> Any:
+    """`value` out of a pickle as JSON's values; what JSON lacks becomes its text.
+
+    A pickle of 1 kB can name one list a million times over, which JSON would write out: more than
+    `_NODES` values, or nesting deeper than `_DEPTH`, is a ValueError.
+    """
+    left = _NODES
+
+    def convert(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _DEPTH:
+            raise ValueError(f"{source} is too large or too deep to be plain values.")
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, Mapping):
+            return {str(k): convert(v, depth + 1) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [convert(v, depth + 1) for v in value]
+        # the text of a tensor would be computed from all its values
+        return type(value).__name__ if hasattr(value, "shape") else str(value)
+
+    return convert(value, 0)
+
+
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Tensors of a safetensors file; bfloat16 comes as ml_dtypes' bfloat16."""
     try:
@@ -81,32 +134,46 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
-def _pickled_names(data: bytes) -> set[str]:
-    """Dotted names that the pickles in `data` import, read off their opcodes without running."""
-    names, strings, stream = set(), [], io.BytesIO(data)
-    with contextlib.suppress(ValueError, struct.error, IndexError):
-        while True:  # PyTorch's old format is several pickles in a row; genops ends with each
-            for opcode, arg, _ in pickletools.genops(stream):
-                if opcode.name == "GLOBAL":
-                    names.add(str(arg).replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    names.add(".".join(strings[-2:]))
-                elif isinstance(arg, str):
-                    strings.append(arg)
-    return {name for name in names if name.rpartition(".")[0] not in _PLAIN_MODULES}
+def _pickles(path: Path) -> Iterator[IO[bytes]]:
+    """Streams of the pickles in a .pt file; PyTorch tells the formats apart by the same bytes."""
+    with path.open("rb") as file:
+        if file.read(4) != _ZIP:
+            file.seek(0)
+            yield file
+            return
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                yield io.BytesIO(archive.read(name))
 
 
-def _refusal(path: Path, reason: str) -> ValueError:
-    """The error for a pickle that PyTorch's weights-only reader refused for `reason`."""
-    data = path.read_bytes()
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            data = b"".join(archive.read(n) for n in archive.namelist() if n.endswith("data.pkl"))
-    names = sorted(_pickled_names(data) | set(re.findall(r"GLOBAL (\w+\.[\w.]*\w)", reason)))
+def _pickled_names(path: Path) -> set[str]:
+    """Dotted names that the pickles in a .pt file import and a state_dict does not need.
+
+    They are read off the opcodes, which runs nothing.
+    """
+    names, strings = set(), []
+    for stream in _pickles(path):
+        # PyTorch's old format is several pickles in a row and raw bytes; genops ends with each
+        with contextlib.suppress(*_TORCH_ERRORS):
+            while True:
+                for opcode, arg, _ in pickletools.genops(stream):
+                    if opcode.name in ("GLOBAL", "INST"):
+                        names.add(str(arg).replace(" ", "."))
+                    elif opcode.name == "STACK_GLOBAL":
+                        names.add(".".join(strings[-2:]))
+                    elif isinstance(arg, str):
+                        strings.append(arg)
+    return {name for name in names if not _PLAIN.fullmatch(name)}
+
+
+def _refusal(path: Path, names: set[str]) -> ValueError:
+    """The error for a pickle that is not run: it needs `names`, or is damaged."""
     if not names:
         return ValueError(f"{path} is no readable PyTorch file: its pickle is damaged.")
+    shown = sorted(names)[:_SHOWN]
     return ValueError(
-        f"{path} was refused and not run: its pickle needs {', '.join(names)}, and only "
+        f"{path} was refused and not run: its pickle needs {', '.join(shown)}, and only "
         "tensors and plain values are read (save a state_dict)."
     )
 
@@ -136,15 +203,19 @@ def read_torch(path: Path) -> Any:
     import torch
 
     with require_file(path).open("rb") as file:
-        head = file.read(4)
-    if head.startswith(b"PK"):
+        is_zip = file.read(4) == _ZIP
+    if is_zip:
         _check_archive(path)
+    names = _pickled_names(path)
+    if names:
+        raise _refusal(path, names)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice about pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _refusal(path, str(error)) from error
+        needed = set(re.findall(r"GLOBAL (\w+\.[\w.]*\w)", str(error)))
+        raise _refusal(path, needed) from error
     except _TORCH_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise ValueError(f"{path} is no readable PyTorch file: {reason.rstrip('.')}.") from error
@@ -182,13 +253,22 @@ def _sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary sibling, fsync it, and rename it to `path`."""
+    """Let `write` fill a temporary sibling, fsync it, and rename it to `path`.
+
+    Raises:
+        OSError: the disk is full, or there is no right to write; `path` is as it was before.
+    """
     staged = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         write(staged)
         _sync(staged)
         staged.replace(path)
         _sync(path.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno or errno.EIO, f"{path} was not written and is as it was before: {reason}"
+        ) from error
     finally:
         staged.unlink(missing_ok=True)
 
@@ -208,7 +288,14 @@ def write_safetensors(
     """Write `tensors`; the format tag is PyTorch's, which transformers asks for."""
     plain = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     tags = {"format": "pt", **(metadata or {})}
-    write_atomic(path, lambda staged: save_file(plain, str(staged), metadata=tags))
+
+    def save(staged: Path) -> None:
+        try:
+            save_file(plain, str(staged), metadata=tags)
+        except SafetensorError as error:  # its name for an error of the operating system
+            raise OSError(str(error)) from error
+
+    write_atomic(path, save)
 
 
 def write_torch(path: Path, value: Any) -> None:
@@ -217,8 +304,11 @@ def write_torch(path: Path, value: Any) -> None:
 
     def save(staged: Path) -> None:
         # given a path, torch would put the temporary name into the archive
-        with staged.open("wb") as file:
-            torch.save(value, file)
+        try:
+            with staged.open("wb") as file:
+                torch.save(value, file)
+        except RuntimeError as error:  # the archive could not be finished: the disk is full
+            raise OSError(str(error.__context__ or error).splitlines()[0]) from error
 
     write_atomic(path, save)
 

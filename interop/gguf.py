@@ -1,41 +1,34 @@
-"""GGUF files of the Llama family; weights dequantized by the gguf library, without torch."""
+"""GGUF files in; weights dequantized by the gguf library, without torch."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from forge_jax.models import DecoderSpec
+from forge_jax.models.attention import rotary_frequencies
 from interop import formats
-from interop.config import Checkpoint, check_tokenizer, make_tokenizer, spec_from_config
+from interop.companions import check_tokenizer, make_tokenizer
+from interop.config import FAMILIES, Checkpoint, spec_from_config
+from interop.gguf_names import ARCHITECTURES, from_gguf, hf_name
 from interop.names import convert
 
-# GGUF name inside a block -> name inside a Hugging Face layer
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_BLOCK_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 # What the gguf reader raises on bytes that are no GGUF file.
-_GGUF_ERRORS = (ValueError, LookupError, TypeError, OverflowError, AttributeError, OSError)
+_GGUF_ERRORS = (
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    OSError,
+    MemoryError,
+)
 
 
 def load_gguf(file: str | Path) -> Checkpoint:
-    """Read a Llama-shaped GGUF file: Q4_1, Q8_0, F32, F16, and what else gguf dequantizes.
+    """Read a GGUF file of an architecture in `ARCHITECTURES`, of any type that gguf dequantizes.
 
     Weights come as float32 under Hugging Face's names, the tokenizer from `tokenizer.ggml.*`.
 
@@ -46,20 +39,21 @@ def load_gguf(file: str | Path) -> Checkpoint:
     path = formats.require_file(Path(file))
     reader = _open(path)
     fields = _Fields(reader, path)
-    config = _config(fields)
-    tensors = _dequantize(reader, path)
-    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    architecture = _architecture(fields)
+    config = _config(fields, architecture)
+    found = {t.name: t for t in reader.tensors}
+    config["tie_word_embeddings"] = "output.weight" not in found
+    frequencies = found.pop("rope_freqs.weight", None)
+    if frequencies is not None:
+        config["rope_scaling"] = _scaling(fields, frequencies, architecture)
     spec = spec_from_config(config, str(path))
-    for name in list(tensors):
-        for part, heads in (
-            ("q_proj", spec.num_attention_heads),
-            ("k_proj", spec.num_key_value_heads),
-        ):
-            if name.endswith(f"self_attn.{part}.weight"):
-                tensors[name] = _unpermute(tensors[name], heads, name, path)
+    if frequencies is not None:
+        _check_scaling(spec, frequencies, path)
+    tensors = _dequantize(found, architecture, spec, path)
     params, names = convert(tensors, spec, str(path))
     tokenizer, settings = _tokenizer(fields, config)
-    check_tokenizer(tokenizer, spec, path)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, spec, path)
     digest = formats.sha256_file(path)
     return Checkpoint(params, spec, config, tokenizer, {}, None, names, digest, path, settings)
 
@@ -96,86 +90,113 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} is truncated or corrupted: {error}.") from error
 
 
-def _config(fields: _Fields) -> dict[str, Any]:
-    """LlamaConfig's fields from the header."""
-    architecture = fields.need("general.architecture")
-    if architecture != "llama":
+def _architecture(fields: _Fields) -> str:
+    name = fields.need("general.architecture")
+    if name not in ARCHITECTURES:
         raise ValueError(
-            f"{fields.path} is of architecture {architecture!r}, which is not supported; "
-            "want 'llama'."
+            f"{fields.path} is of architecture {name!r}, which is not supported; "
+            f"want one of {', '.join(ARCHITECTURES)}."
         )
-    scaling = fields.get("llama.rope.scaling.type", "none")
+    scaling = fields.get(f"{name}.rope.scaling.type", "none")
     if scaling != "none":
         raise ValueError(f"{fields.path} has rope scaling {scaling!r}, which is not supported.")
-    heads = fields.need("llama.attention.head_count")
+    return name
+
+
+def _config(fields: _Fields, architecture: str) -> dict[str, Any]:
+    """The fields of Hugging Face's config from the header."""
+
+    def need(key: str) -> Any:
+        return fields.need(f"{architecture}.{key}")
+
+    def get(key: str, default: Any = None) -> Any:
+        return fields.get(f"{architecture}.{key}", default)
+
+    family, heads = ARCHITECTURES[architecture], need("attention.head_count")
+    eps = _decimal(need(family.eps))
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "vocab_size": fields.get("llama.vocab_size", len(fields.need("tokenizer.ggml.tokens"))),
-        "hidden_size": fields.need("llama.embedding_length"),
-        "intermediate_size": fields.need("llama.feed_forward_length"),
-        "num_hidden_layers": fields.need("llama.block_count"),
+        "architectures": [FAMILIES[family.family].architecture],
+        "model_type": family.family,
+        "vocab_size": get("vocab_size") or len(fields.need("tokenizer.ggml.tokens")),
+        "hidden_size": need("embedding_length"),
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
-        "max_position_embeddings": fields.need("llama.context_length"),
-        "rms_norm_eps": _decimal(fields.need("llama.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _decimal(fields.get("llama.rope.freq_base", 10000.0)),
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": eps,
     }
-    head_dim = fields.get("llama.attention.key_length", fields.get("llama.rope.dimension_count"))
+    if architecture != "gpt2":
+        config |= {
+            "hidden_act": "silu",
+            "num_key_value_heads": get("attention.head_count_kv", heads),
+            "rope_theta": _decimal(get("rope.freq_base", 10000.0)),
+            "head_dim": get("attention.key_length", get("rope.dimension_count")),
+        }
     special = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     ids = {f"{n}_token_id": fields.get(f"tokenizer.ggml.{g}_token_id") for n, g in special.items()}
-    return config | {k: v for k, v in {"head_dim": head_dim, **ids}.items() if v is not None}
+    return {k: v for k, v in {**config, **ids}.items() if v is not None}
 
 
-def _decimal(value: float) -> float:
+def _scaling(fields: _Fields, frequencies: Any, architecture: str) -> dict[str, Any]:
+    """Llama 3's rope scaling behind `rope_freqs`, which holds only what it comes to.
+
+    The largest of the divisors is the factor; the rest is in fields of ours, or as Llama 3 has it.
+    """
+    values = np.asarray(frequencies.data, np.float32)
+    prefix = f"{architecture}.rope.scaling"
+    known = {
+        "factor": ("factor", float(values.max(initial=1.0))),
+        "low_freq_factor": ("low_freq_factor", 1.0),
+        "high_freq_factor": ("high_freq_factor", 4.0),
+        "original_max_position_embeddings": ("original_context_length", 8192),
+    }
+    found = {
+        ours: fields.get(f"{prefix}.{theirs}", usual) for ours, (theirs, usual) in known.items()
+    }
+    return {"rope_type": "llama3", **found}
+
+
+def _check_scaling(spec: DecoderSpec, frequencies: Any, path: Path) -> None:
+    """Compare the divisors of the file with those of the scaling that was read out of them."""
+    plain = rotary_frequencies(spec.head_dim, spec.rope_theta)
+    scaled = rotary_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
+    values = np.asarray(frequencies.data, np.float32)
+    if values.shape != plain.shape or not np.allclose(values, plain / scaled, rtol=1e-4):
+        raise ValueError(f"{path} has rope_freqs of another rule than Llama 3's.")
+
+
+def _decimal(value: Any) -> Any:
     """The shortest decimal that is the same float32: the header rounded 1e-5 to float32."""
-    return float(str(np.float32(value)))
+    return float(str(np.float32(value))) if isinstance(value, int | float) else value
 
 
-def _hf_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor; an unknown one is its own name."""
-    if match := _BLOCK_NAME.fullmatch(name):
-        index, part = match.groups()
-        if part in _BLOCK:
-            return f"model.layers.{index}.{_BLOCK[part]}.weight"
-    return _TOP.get(name, name)
-
-
-def _dequantize(reader: Any, path: Path) -> dict[str, np.ndarray]:
+def _dequantize(
+    found: dict[str, Any], architecture: str, spec: DecoderSpec, path: Path
+) -> dict[str, np.ndarray]:
+    """The tensors under Hugging Face's names, in its layout."""
     from gguf.quants import dequantize
 
     tensors, problems = {}, []
-    for tensor in reader.tensors:
+    for tensor in found.values():
+        name = hf_name(tensor.name, architecture)
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            values = np.asarray(values, np.float32).reshape(shape)
+            tensors[name] = from_gguf(values, name, architecture, spec)
         except (NotImplementedError, ValueError, TypeError) as error:
-            problems.append(f"  {tensor.name}: {tensor.tensor_type.name} cannot be read: {error}")
-            continue
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        tensors[_hf_name(tensor.name)] = np.asarray(values, np.float32).reshape(shape)
-    if problems:
-        raise ValueError(f"{path} does not fit:\n" + "\n".join(problems))
+            problems.append(f"{tensor.name}: {tensor.tensor_type.name} cannot be read: {error}")
+    formats.complain(str(path), problems)
     return tensors
 
 
-def _unpermute(weight: np.ndarray, heads: int, name: str, path: Path) -> np.ndarray:
-    """Undo llama.cpp's order of the rows of q and k, which pairs neighbours in the rotation.
-
-    Row 2 i + j of a GGUF head is row i + j head_dim / 2 of Hugging Face's.
-    """
-    rows = weight.shape[0]
-    if weight.ndim != 2 or rows % (2 * heads):
-        raise ValueError(
-            f"{path}: {name} has shape {weight.shape}, which {heads} heads do not fit."
-        )
-    halves = weight.reshape(heads, rows // heads // 2, 2, -1)
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def _tokenizer(fields: _Fields, config: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
-    """The byte-level BPE of the header, and its tokenizer_config.json."""
+def _tokenizer(
+    fields: _Fields, config: dict[str, Any]
+) -> tuple[Tokenizer | None, dict[str, Any] | None]:
+    """The byte-level BPE of the header and its tokenizer_config.json; None without words."""
     model, pre = fields.need("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
+    if model == "no_vocab":
+        return None, None
     if model != "gpt2" or pre not in ("smollm", "gpt-2"):
         raise ValueError(
             f"{fields.path} has a tokenizer {model!r} with pre-tokenizer {pre!r}, which is not "

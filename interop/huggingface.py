@@ -1,21 +1,27 @@
-"""Hugging Face directories of the Llama family, in and out."""
+"""Hugging Face directories of every family in `config.FAMILIES`, in and out."""
 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from interop import config as _config
 from interop import formats
-from interop.config import Checkpoint
-from interop.names import Params, canonical_names, convert, leaf_path, params_to_numpy
+from interop.companions import find_projector, find_tokenizer, write_companions
+from interop.config import Checkpoint, hf_config, spec_from_config
+from interop.names import Params, convert, params_to_numpy
+from interop.rules import canonical_names, leaf_path
 
 
-def load_huggingface(directory: str | Path) -> Checkpoint:
+def load_huggingface(directory: str | Path, *, fused_qkv: bool | None = None) -> Checkpoint:
     """Read config.json and the weights of a directory; safetensors, one file or shards.
 
     `pytorch_model.bin` is read where there is no safetensors file. Tokenizer and patch projector
     come along if they are there.
+
+    Args:
+        directory: with config.json in it.
+        fused_qkv: GPT-2's c_attn as one matrix (True) or as three, which have other singular
+            values; None is the choice in the config, else one matrix as in the file.
 
     Raises:
         ValueError: naming the file that is missing, damaged or not supported, or every key that
@@ -25,15 +31,12 @@ def load_huggingface(directory: str | Path) -> Checkpoint:
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory; wanted a Hugging Face model directory.")
     config = formats.read_json(directory / "config.json")
-    files = _weight_files(directory)
-    tensors: dict[str, Any] = {}
-    for file in files:
-        is_torch = file.suffix == ".bin"
-        tensors |= formats.read_torch(file) if is_torch else formats.read_safetensors(file)
+    files, index = _weight_files(directory)
+    tensors = _read_shards(files, index, directory)
     digests = [formats.sha256_file(file) for file in files]
     whole = hashlib.sha256("".join(digests).encode()).hexdigest()
     sha256 = digests[0] if len(digests) == 1 else whole
-    return build(tensors, config, {}, sha256, directory, directory, None)
+    return build(tensors, config, {}, sha256, directory, directory, None, fused_qkv=fused_qkv)
 
 
 def build(
@@ -44,37 +47,67 @@ def build(
     path: Path,
     directory: Path,
     base: str | None,
+    *,
+    fused_qkv: bool | None = None,
 ) -> Checkpoint:
-    """Put a checkpoint together; `directory` and `base` say where its companions lie."""
+    """Put a checkpoint together; `directory` and `base` say where its companions lie.
+
+    The choice about GPT-2's c_attn is stored in the config.
+    """
     has_lm_head = any(isinstance(n, str) and leaf_path(n) == "lm_head/kernel" for n in tensors)
-    spec = _config.spec_from_config(config, str(path), has_lm_head=has_lm_head)
+    spec = spec_from_config(config, str(path), has_lm_head=has_lm_head, fused_qkv=fused_qkv)
     params, names = convert(tensors, spec, str(path))
-    tokenizer, settings = _config.find_tokenizer(directory, base, spec)
-    projector = _config.find_projector(directory, base, spec)
+    tokenizer, settings = find_tokenizer(directory, base, spec)
+    projector = find_projector(directory, base, spec)
+    if spec.is_gpt2:
+        config = {**config, "fused_qkv": spec.fused_qkv}
     return Checkpoint(
         params, spec, config, tokenizer, metrics, projector, names, sha256, path, settings
     )
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of weights, and in which of them the index says that each tensor is."""
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
     if single.is_file():
-        return [single]
+        return [single], {}
     if not index.is_file():
         pickled = directory / "pytorch_model.bin"
         if pickled.is_file():
-            return [pickled]
+            return [pickled], {}
         raise ValueError(f"{directory} has none of {single.name}, {index.name} and {pickled.name}.")
     shards = formats.read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+    is_map = isinstance(shards, dict) and all(isinstance(s, str) for s in shards.values())
+    if not is_map or not shards:
         raise ValueError(f"{index} has no `weight_map` from names to files.")
     names = sorted(set(shards.values()))
-    if strangers := [name for name in names if Path(name).name != name]:
+    if strangers := [name for name in names if not formats.is_plain_name(name)]:
         raise ValueError(f"{index} names files outside its directory: {', '.join(strangers)}.")
     if absent := [name for name in names if not (directory / name).is_file()]:
         raise ValueError(f"{directory} lacks the shards {', '.join(absent)} of its index.")
-    return [directory / name for name in names]
+    return [directory / name for name in names], shards
+
+
+def _read_shards(files: list[Path], index: dict[str, str], directory: Path) -> dict[str, Any]:
+    """The tensors of all files, each from the file that the index names for it."""
+    tensors: dict[str, Any] = {}
+    problems = []
+    for file in files:
+        is_torch = file.suffix == ".bin"
+        found = formats.read_torch(file) if is_torch else formats.read_safetensors(file)
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{file} holds a {type(found).__name__}; wanted a state_dict.")
+        if index:
+            problems += [
+                f"{name}: in {file.name}, but the index says {index.get(name, 'nothing of it')}"
+                for name in found
+                if index.get(name) != file.name
+            ]
+        tensors |= found
+    problems += [f"{name}: not in {index[name]}" for name in index if name not in tensors]
+    formats.complain(str(directory), problems)
+    return tensors
 
 
 def save_huggingface(directory: str | Path, params: Params, checkpoint: Checkpoint) -> Path:
@@ -94,37 +127,8 @@ def fill_huggingface(directory: Path, params: Params, checkpoint: Checkpoint) ->
     spec, config = checkpoint.spec, checkpoint.config
     tensors = params_to_numpy(params, canonical_names(spec))
     formats.write_safetensors(directory / "model.safetensors", tensors)
-    formats.write_json(directory / "config.json", _config.hf_config(spec, config))
+    formats.write_json(directory / "config.json", hf_config(spec, config))
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = {name: config[name] for name in ids if config.get(name) is not None}
     formats.write_json(directory / "generation_config.json", {"do_sample": False, **generation})
     write_companions(directory, checkpoint)
-
-
-def write_companions(directory: Path, checkpoint: Checkpoint) -> None:
-    """Write tokenizer.json, tokenizer_config.json and vision.safetensors, those there are."""
-    if checkpoint.tokenizer is not None:
-        text = checkpoint.tokenizer.to_str(pretty=True)
-        formats.write_atomic(directory / "tokenizer.json", lambda p: p.write_text(text, "utf-8"))
-        formats.write_json(directory / "tokenizer_config.json", tokenizer_config(checkpoint))
-    if checkpoint.projector is not None:
-        formats.write_safetensors(directory / "vision.safetensors", checkpoint.projector)
-
-
-def tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The tokenizer_config.json of `checkpoint`: its own, or one made from the config's ids."""
-    if checkpoint.tokenizer_config is not None:
-        return checkpoint.tokenizer_config
-    assert checkpoint.tokenizer is not None
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": checkpoint.spec.max_position_embeddings,
-    }
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = checkpoint.config.get(f"{name}_id")
-        token = token[0] if isinstance(token, list) and token else token
-        text = checkpoint.tokenizer.id_to_token(token) if isinstance(token, int) else None
-        if text is not None:
-            settings[name] = text
-    return settings

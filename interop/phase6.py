@@ -1,6 +1,5 @@
 """Phase 6 checkpoints: safetensors with a JSON beside it, .pt files, and the guide's JSON."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,14 @@ from typing import Any
 from interop import formats
 from interop.config import Checkpoint
 from interop.huggingface import build, load_huggingface
+from interop.phase4 import is_phase4, load_phase4
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
 
 
-def load_phase6(path: str | Path) -> Checkpoint:
-    """Read a Phase 6 checkpoint of the Llama family.
+def load_phase6(path: str | Path, *, fused_qkv: bool | None = None) -> Checkpoint:
+    """Read a Phase 6 checkpoint of one of the families in `config.FAMILIES`.
 
     `path` may be
     - the guide's JSON, {"model": name, "metrics": {...}}; the name is resolved beside the JSON as
@@ -22,10 +22,12 @@ def load_phase6(path: str | Path) -> Checkpoint:
     - `<base>.safetensors` (a flat state_dict) or its `<base>.json` (config, metadata);
     - a .pt, .pth or .bin file: a dict with `model_state_dict` or `state_dict`, or a bare
       state_dict; the config in the dict, in `<base>.json` or in config.json beside it;
-    - a Hugging Face directory; or any of these without its suffix.
+    - a Hugging Face directory, or one that Phase 4 wrote (see `interop.phase4`);
+    - any of these without its suffix.
 
     `tokenizer.json` and `vision.safetensors` beside the weights come along, `<base>.` before
-    their names wins. `metrics` are the JSON's, else those in the checkpoint's metadata.
+    their names wins. `metrics` are the JSON's, else those in the checkpoint's metadata. For
+    `fused_qkv` see `load_huggingface`.
 
     Raises:
         ValueError: in one sentence naming the file, or listing every key that does not fit.
@@ -34,22 +36,25 @@ def load_phase6(path: str | Path) -> Checkpoint:
     if path.suffix == ".json" and path.is_file():
         record = formats.read_json(path)
         if "model" in record:
-            return _load_record(record, path)
+            return _load_record(record, path, fused_qkv)
         if isinstance(record.get("config"), Mapping):
-            return _load_file(path.parent / f"{path.name.removesuffix('.json')}.safetensors")
+            base = path.name.removesuffix(".json")
+            return _load_file(path.parent / f"{base}.safetensors", fused_qkv)
         raise ValueError(f"{path} has neither a `model` nor a `config`; it is no Phase 6 JSON.")
     if not path.exists() and formats.add_suffix(path, ".json").is_file():
-        return load_phase6(formats.add_suffix(path, ".json"))
-    return _load_weights(_resolve(path))
+        return load_phase6(formats.add_suffix(path, ".json"), fused_qkv=fused_qkv)
+    return _load_weights(_resolve(path), fused_qkv)
 
 
-def _load_record(record: dict[str, Any], path: Path) -> Checkpoint:
+def _load_record(record: dict[str, Any], path: Path, fused_qkv: bool | None) -> Checkpoint:
     model, metrics = record["model"], record.get("metrics", {})
-    if not isinstance(model, str) or not model:
+    if not isinstance(model, str) or not model or "\0" in model:
         raise ValueError(f"{path} needs the name of a file in `model`, got {model!r}.")
+    if Path(model).is_absolute() or ".." in Path(model).parts:
+        raise ValueError(f"{path} names a model outside its directory: {model!r}.")
     if not isinstance(metrics, dict):
         raise ValueError(f"{path} needs an object in `metrics`, got {metrics!r}.")
-    checkpoint = _load_weights(_resolve(path.parent / model))
+    checkpoint = _load_weights(_resolve(path.parent / model), fused_qkv)
     return checkpoint._replace(metrics=metrics)
 
 
@@ -63,11 +68,14 @@ def _resolve(path: Path) -> Path:
     return found
 
 
-def _load_weights(path: Path) -> Checkpoint:
-    return load_huggingface(path) if path.is_dir() else _load_file(path)
+def _load_weights(path: Path, fused_qkv: bool | None) -> Checkpoint:
+    if not path.is_dir():
+        return _load_file(path, fused_qkv)
+    load = load_phase4 if is_phase4(path) else load_huggingface
+    return load(path, fused_qkv=fused_qkv)
 
 
-def _load_file(path: Path) -> Checkpoint:
+def _load_file(path: Path, fused_qkv: bool | None) -> Checkpoint:
     if path.suffix == ".safetensors":
         tensors, config, metadata = _read_pair(path)
     elif path.suffix in _TORCH_SUFFIXES:
@@ -83,6 +91,7 @@ def _load_file(path: Path) -> Checkpoint:
         path,
         path.parent,
         _base(path),
+        fused_qkv=fused_qkv,
     )
 
 
@@ -108,7 +117,8 @@ def _read_pair(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     record = _side_car(path)
     if record is None:
         raise ValueError(f"{path} needs its config in {_base(path)}.json or config.json beside it.")
-    for key in record.get("extra_tensor_keys") or ():
+    extra = record.get("extra_tensor_keys") or []
+    for key in extra if isinstance(extra, list) else []:
         tensors.pop(f"extra_{key}", None)
         tensors.pop(str(key), None)
     return tensors, _require_config(record.get("config"), path), _dict(record.get("metadata"))
@@ -138,10 +148,10 @@ def _read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, 
 
 def _require_config(config: Any, path: Path) -> dict[str, Any]:
     if not isinstance(config, Mapping):
-        raise ValueError(f"{path} comes without a config (Llama fields), got {config!r}.")
-    # JSON's values only: a config may hold a torch.dtype, which no other format can carry
-    return json.loads(json.dumps(config, default=str))
+        raise ValueError(f"{path} comes without a config (Hugging Face's fields).")
+    # a config may hold a torch.dtype, which no other format can carry
+    return formats.plain_json(config, f"the config of {path}")
 
 
 def _dict(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {}
+    return formats.plain_json(value, "its metadata") if isinstance(value, Mapping) else {}

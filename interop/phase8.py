@@ -16,16 +16,17 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from interop import formats
+from interop.companions import write_companions
 from interop.config import Checkpoint, hf_config
-from interop.huggingface import fill_huggingface, load_huggingface, write_companions
-from interop.lowrank import factor_tensors, load_low_rank
-from interop.names import Names, Params, flatten, leaf_path, params_to_numpy
-from interop.phase6 import load_phase6
+from interop.huggingface import fill_huggingface
+from interop.lowrank import factor_tensors
+from interop.names import Params, own_names, params_to_numpy
+from interop.rules import Names
 
 METRICS = ("latency_ms", "accuracy", "vram_gb", "throughput_tps")  # the guide's order
 FORMAT_VERSION = 1
@@ -34,39 +35,12 @@ Z_SEMANTICS = (
     "where the metadata has it, else best_mixture; W = U diag(s) V^T is the float32 singular value "
     "decomposition of the base weight, s descending; z = 1 is the base model"
 )
-_MODEL = "svf_adapted_model"
+MODEL = "svf_adapted_model"
 _LIBRARIES = ("jax", "flax", "numpy", "torch", "safetensors")
 _DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 Z = dict[str, np.ndarray]
 Measure = Callable[[Path], Mapping[str, float]]
-
-
-class LowRank(NamedTuple):
-    """The low-rank twin as `load_phase8` finds it."""
-
-    checkpoint: Checkpoint  # params with `svf.Factors` leaves, for `svf.transform`
-    rank_fraction: float
-    success: bool
-    metrics: dict[str, float]
-
-
-class Phase8(NamedTuple):
-    """What `load_phase8` returns."""
-
-    success: bool
-    experts: dict[str, Z]  # domain -> path -> (r,) float32
-    alpha: np.ndarray  # (K,), in the order of `experts`
-    checkpoint: Checkpoint  # the adapted model
-    metrics: dict[str, float]
-    metadata: dict[str, Any]
-    low_rank: LowRank | None
-    alpha_by_path: dict[str, np.ndarray] | None  # path -> (K,), where the mixture is per weight
-
-    @property
-    def params(self) -> Params:
-        """Weights of the adapted model."""
-        return self.checkpoint.params
 
 
 def write_phase8(
@@ -116,18 +90,18 @@ def write_phase8(
     config = hf_config(checkpoint.spec, checkpoint.config)
     with formats.staged_directory(directory) as staged:
         tensors = params_to_numpy(adapted_params, names)
-        _write_pair(staged / _MODEL, tensors, config, metadata)
+        _write_pair(staged / MODEL, tensors, config, metadata)
         write_companions(staged, checkpoint)
         (staged / "huggingface").mkdir()
         fill_huggingface(staged / "huggingface", adapted_params, checkpoint)
         for domain, z in z_tensors.items():
             _write_z(staged / f"z_vectors_{domain}", z, {**metadata, "expert": domain})
-        metrics = _measured(measure, staged / f"{_MODEL}.pt")
+        metrics = _measured(measure, staged / f"{MODEL}.pt")
         report = {
             "success": bool(succeeded(metrics)),
             "experts": {domain: f"z_vectors_{domain}.pt" for domain in experts},
             "best_mixture": mixture,
-            "adapted_model": f"{_MODEL}.pt",
+            "adapted_model": f"{MODEL}.pt",
             "metrics": metrics,
         }
         formats.write_json(staged / "phase7.json", report)
@@ -155,7 +129,7 @@ def _check_alpha(alpha: Sequence[float], experts: Mapping[str, Any]) -> list[flo
 
 def _name_experts(experts: Mapping[str, Mapping[str, Any]], names: Names) -> dict[str, Z]:
     """The z of every expert under torch names, float32; all that does not fit in one error."""
-    torch_name = {e.path: n for n, e in names.items() if leaf_path(n) == e.path}
+    own = own_names(names)
     problems, found = [], {}
     for domain, z in experts.items():
         found[domain] = {}
@@ -163,15 +137,16 @@ def _name_experts(experts: Mapping[str, Mapping[str, Any]], names: Names) -> dic
             problems.append(f"{domain}: has no z")
         for path, value in z.items():
             array = np.asarray(value, np.float32)
-            if path not in torch_name:
+            if path not in own:
                 problems.append(f"{domain}: {path} is no weight of the checkpoint")
                 continue
-            full = min(names[torch_name[path]].shape)
+            name, shape = own[path]
+            full = min(shape)
             if array.ndim != 1 or not 0 < array.size <= full:
                 problems.append(f"{domain}: {path}: have {array.shape}, want ({full},)")
             elif not np.isfinite(array).all():
                 problems.append(f"{domain}: {path}: holds NaN or infinity")
-            found[domain][torch_name[path]] = array
+            found[domain][name] = array
     if problems:
         raise ValueError("`experts` do not fit:\n" + "\n".join(f"  {p}" for p in problems))
     return found
@@ -181,14 +156,14 @@ def _name_alpha(
     alpha_by_path: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]], names: Names
 ) -> dict[str, list[float]]:
     """The mixture of every weight under its torch name."""
-    torch_name = {e.path: n for n, e in names.items() if leaf_path(n) == e.path}
+    own = own_names(names)
     scaled = {path for z in experts.values() for path in z}
     if alpha_by_path.keys() != scaled:
         paths = ", ".join(sorted(alpha_by_path.keys() ^ scaled))
         raise ValueError(
             f"`alpha_by_path` must name the weights of the experts; differs in {paths}."
         )
-    return {torch_name[p]: _check_alpha(a, experts) for p, a in alpha_by_path.items()}
+    return {own[p][0]: _check_alpha(a, experts) for p, a in alpha_by_path.items()}
 
 
 def _metadata(
@@ -259,9 +234,9 @@ def _write_low_rank(
     succeeded: Callable[[dict[str, float]], bool],
 ) -> None:
     """The low-rank twin with its own entry, measured on its own file."""
-    path = directory / f"{_MODEL}_lowrank.safetensors"
+    path = directory / f"{MODEL}_lowrank.safetensors"
     formats.write_safetensors(path, tensors)
-    formats.write_json(directory / f"{_MODEL}_lowrank.json", _side_car(config, metadata))
+    formats.write_json(directory / f"{MODEL}_lowrank.json", _side_car(config, metadata))
     metrics = _measured(measure, path)
     report = {
         "success": bool(succeeded(metrics)),
@@ -274,88 +249,13 @@ def _write_low_rank(
     formats.write_json(directory / "phase7_lowrank.json", report)
 
 
-def _files(directory: Path) -> list[str]:
+def artifact_files(directory: Path) -> list[str]:
     """All files below `directory` but the manifest, as sorted relative names."""
     paths = [p for p in directory.rglob("*") if p.is_file() and p.name != "manifest.json"]
     return sorted(p.relative_to(directory).as_posix() for p in paths)
 
 
 def _write_manifest(directory: Path) -> None:
-    digests = {name: formats.sha256_file(directory / name) for name in _files(directory)}
+    digests = {name: formats.sha256_file(directory / name) for name in artifact_files(directory)}
     manifest = {"format_version": FORMAT_VERSION, "sha256": digests}
     formats.write_json(directory / "manifest.json", manifest)
-
-
-def _verify(directory: Path) -> None:
-    """Raise a ValueError that lists every file that is gone or changed."""
-    digests = formats.read_json(directory / "manifest.json").get("sha256")
-    if not isinstance(digests, dict) or "phase7.json" not in digests:
-        raise ValueError(f"{directory / 'manifest.json'} lists no artifacts.")
-    present = set(_files(directory))
-    problems = [f"{name} is missing" for name in digests if name not in present]
-    problems += [
-        f"{name} has changed"
-        for name, digest in digests.items()
-        if name in present and formats.sha256_file(directory / name) != digest
-    ]
-    if problems:
-        raise ValueError(f"{directory} is damaged: {', '.join(problems)}.")
-
-
-def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    same = a.keys() == b.keys()
-    return same and all(np.array_equal(formats.to_numpy(a[n]), formats.to_numpy(b[n])) for n in a)
-
-
-def load_phase8(directory: str | Path) -> Phase8:
-    """Open the artifacts of `write_phase8` again and check them.
-
-    Every file is compared with the manifest, every .pt with its safetensors twin, and the
-    Hugging Face directory with the adapted model.
-
-    Raises:
-        ValueError: naming what is missing, changed or contradictory.
-    """
-    directory = Path(directory)
-    _verify(directory)
-    report = formats.read_json(directory / "phase7.json")
-    checkpoint = load_phase6(directory / report["adapted_model"])
-    leaves = dict(flatten(checkpoint.params))
-    for name, load in ((f"{_MODEL}.safetensors", load_phase6), ("huggingface", load_huggingface)):
-        if not _equal(leaves, dict(flatten(load(directory / name).params))):
-            raise ValueError(f"{directory / name} differs from {report['adapted_model']}.")
-    experts = {
-        d: _read_z(directory / file, checkpoint.names) for d, file in report["experts"].items()
-    }
-    metadata = formats.read_json(directory / f"{_MODEL}.json")["metadata"]
-    by_weight = metadata.get("alpha_by_weight")
-    names = checkpoint.names
-    return Phase8(
-        report["success"],
-        experts,
-        np.array(report["best_mixture"]),
-        checkpoint,
-        report["metrics"],
-        metadata,
-        _read_low_rank(directory),
-        by_weight and {names[name].path: np.array(a) for name, a in by_weight.items()},
-    )
-
-
-def _read_z(path: Path, names: Names) -> Z:
-    """One expert by path; the .pt must equal its twin."""
-    tensors = {name: formats.to_numpy(tensor) for name, tensor in formats.read_torch(path).items()}
-    twin = path.parent / f"{path.name.removesuffix('.pt')}.safetensors"
-    if not _equal(tensors, formats.read_safetensors(twin)):
-        raise ValueError(f"{path} differs from {twin.name}.")
-    if unknown := sorted(tensors.keys() - names.keys()):
-        raise ValueError(f"{path} scales weights that the model lacks: {', '.join(unknown)}.")
-    return {names[name].path: tensor for name, tensor in tensors.items()}
-
-
-def _read_low_rank(directory: Path) -> LowRank | None:
-    if not (directory / "phase7_lowrank.json").is_file():
-        return None
-    report = formats.read_json(directory / "phase7_lowrank.json")
-    checkpoint = load_low_rank(directory / report["adapted_model"])
-    return LowRank(checkpoint, report["rank_fraction"], report["success"], report["metrics"])

@@ -1,1 +1,1 @@
-"""Side-by-side measurements: one command each, JSON and a table out."""
+"""Side-by-side measurements against other implementations; ratios come out."""

@@ -1,10 +1,11 @@
 """Language models as Flax Linen modules, and generation from them."""
 
-from forge_jax.models.decoder import Cache as Cache
+from forge_jax.models.attention import Cache as Cache
+from forge_jax.models.attention import init_cache as init_cache
+from forge_jax.models.attention import repeat_cache as repeat_cache
 from forge_jax.models.decoder import Decoder as Decoder
-from forge_jax.models.decoder import DecoderSpec as DecoderSpec
-from forge_jax.models.decoder import init_cache as init_cache
-from forge_jax.models.decoder import repeat_cache as repeat_cache
 from forge_jax.models.generate import Generated as Generated
 from forge_jax.models.generate import generate as generate
 from forge_jax.models.generate import response_logits as response_logits
+from forge_jax.models.spec import DecoderSpec as DecoderSpec
+from forge_jax.models.spec import RopeScaling as RopeScaling

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from forge_jax.models.decoder import Cache, DecoderSpec, init_cache, repeat_cache
+from forge_jax.models.attention import Cache, init_cache, repeat_cache
+from forge_jax.models.spec import DecoderSpec
 
 Apply = Callable[..., Any]
 """`apply(tokens, mask, cache, images=..., logits_from=...) -> (logits, cache)`, as

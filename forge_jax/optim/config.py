@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import optax
 
+from forge_jax.optim.orthogonalize import JORDAN, NAMES
+
 # What each phase sets apart from the defaults. Phases 2, 4 and 8 have no preset: 2 uses no
 # gradients, and no source states one for 4 and 8.
 _PRESETS: dict[int, dict[str, Any]] = {
@@ -53,7 +55,8 @@ class MuGrokConfig:
     muon_momentum: float = 0.95
     muon_ns_steps: int = 5
     """Newton-Schulz steps; 0 is an exact SVD"""
-    muon_ns_coeffs: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    muon_ns_coeffs: tuple[float, float, float] | Literal["jordan", "polar_express", "svd"] = JORDAN
+    """one triple for every step, or a name that `optim.orthogonalize` knows"""
     muon_ste_mode: bool = False
     """the parameters are the latent weights of a straight-through quantizer"""
     grokfast_alpha: float = 0.98
@@ -81,7 +84,8 @@ class MuGrokConfig:
     def __post_init__(self):
         # JSON has no tuples.
         for name in ("muon_ns_coeffs", "fallback_betas"):
-            setattr(self, name, tuple(getattr(self, name)))
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
         self.validate()
 
     @classmethod
@@ -126,7 +130,8 @@ class MuGrokConfig:
         wrong = [
             f"`{name}` must be a schedule or at least 0, got {rate}"
             for name, rate in rates.items()
-            if not callable(rate) and not rate >= 0
+            # A traced rate, of `with_hyperparams`, has no value to check.
+            if isinstance(rate, int | float) and not rate >= 0
         ]
         unit = {"muon_momentum": self.muon_momentum, "grokfast_alpha": self.grokfast_alpha}
         unit |= {f"fallback_betas[{i}]": beta for i, beta in enumerate(self.fallback_betas)}
@@ -136,11 +141,15 @@ class MuGrokConfig:
             "grokfast_lambda": self.grokfast_lambda,
             "fallback_weight_decay": self.fallback_weight_decay,
         }
+        least = {k: v for k, v in least.items() if isinstance(v, int | float)}
         wrong += [f"`{k}` must be at least 0, got {v}" for k, v in least.items() if not v >= 0]
         if not self.qk_clip_threshold > 0:
             wrong.append(f"`qk_clip_threshold` must be positive, got {self.qk_clip_threshold}")
-        if len(self.muon_ns_coeffs) != 3:
-            wrong.append(f"`muon_ns_coeffs` must be three numbers, got {self.muon_ns_coeffs}")
+        if self.muon_ns_coeffs not in NAMES and len(self.muon_ns_coeffs) != 3:
+            wrong.append(
+                f"`muon_ns_coeffs` must be three numbers or one of {NAMES}, "
+                f"got {self.muon_ns_coeffs}"
+            )
         if len(self.fallback_betas) != 2:
             wrong.append(f"`fallback_betas` must be two numbers, got {self.fallback_betas}")
         if self.fallback_type not in ("adamw", "lion"):

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forge_jax.models.decoder import Decoder
+from forge_jax.models import Decoder
 
 TINY = {
     "vocab_size": 67,

@@ -125,7 +125,7 @@ def test_tokenizer_splits_digits_and_knows_its_special_tokens(tmp_path, model):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2', which is not supported"),
+        ({"architecture": "mamba"}, "architecture 'mamba', which is not supported"),
         ({"scaling": "yarn"}, "rope scaling 'yarn', which is not supported"),
         ({"pre": "llama-bpe"}, "pre-tokenizer 'llama-bpe', which is not supported"),
         ({"skip": ("model.norm.weight",)}, "norm/scale: no key maps to it"),

@@ -165,9 +165,9 @@ def test_broken_tokenizer_names_its_file(tmp_path, state_dict, config):
 
 
 BAD_FIELDS = {
-    "model_type": ("gpt2", "model_type: 'gpt2' is not supported"),
+    "model_type": ("mamba", "model_type: 'mamba' is not supported"),
     "architectures": (["MistralForCausalLM"], "architectures: "),
-    "rope_parameters": ({"rope_type": "llama3", "factor": 8.0}, "rope scaling: 'llama3'"),
+    "rope_parameters": ({"rope_type": "yarn", "factor": 8.0}, "rope scaling: 'yarn'"),
     "hidden_act": ("gelu", "hidden_act: 'gelu'"),
     "attention_bias": (True, "attention_bias"),
     "mlp_bias": (True, "mlp_bias"),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from forge_jax.models import Cache, Decoder, DecoderSpec, init_cache, repeat_cache
-from forge_jax.models.decoder import attend, place_images, rotary, rotate
+from forge_jax.models.attention import attend, rotary, rotate
+from forge_jax.models.decoder import place_images
 
 SPEC = DecoderSpec(
     vocab_size=23,

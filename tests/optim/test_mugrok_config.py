@@ -56,10 +56,15 @@ def test_defaults():
     assert optim.MuGrokConfig().to_dict() == DEFAULTS
 
 
+@pytest.mark.parametrize("field", DEFAULTS)
 @pytest.mark.parametrize(("column", "phase"), list(enumerate((1, 3, 5, 6, 7))))
-def test_presets(column, phase):
-    want = DEFAULTS | {name: row[column] for name, row in TABLE.items()}
-    assert optim.MuGrokConfig.from_phase(phase).to_dict() == want
+def test_presets(column, phase, field):
+    want = TABLE.get(field, (DEFAULTS[field],) * 5)[column]
+    assert getattr(optim.MuGrokConfig.from_phase(phase), field) == want
+
+
+def test_the_table_has_every_field():
+    assert list(DEFAULTS) == [field.name for field in dataclasses.fields(optim.MuGrokConfig)]
 
 
 def test_phase_7_is_the_guides_manual_config():
@@ -105,6 +110,14 @@ def test_an_unknown_field_lists_those_that_exist():
         optim.MuGrokConfig.from_phase(7, lr=1e-3)
     with pytest.raises(ValueError, match=r"\['lr'\].*fallback_lr"):
         optim.MuGrokConfig.from_dict({"lr": 1e-3})
+
+
+@pytest.mark.parametrize("coeffs", ["jordan", "polar_express", "svd"])
+def test_coefficients_may_be_named(coeffs):
+    config = optim.MuGrokConfig(muon_ns_coeffs=coeffs)
+    assert optim.MuGrokConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match=r"muon_ns_coeffs.*polar_express"):
+        optim.MuGrokConfig.from_dict({"muon_ns_coeffs": "newton"})
 
 
 def test_a_schedule_is_no_data():
