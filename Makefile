@@ -50,7 +50,7 @@ $(VENV)/.smollm2: $(VENV)/.installed
 
 demo: setup ## train the experts and search their mixture on the shipped nano checkpoint (SEEDS=0,1,2)
 	@echo "[demo] experiments.phase7 on the nano checkpoint, seeds $(SEEDS), into runs/demo"
-	@$(BIN)/python -m experiments.phase7 nano --seeds $(SEEDS) --out runs/demo --replace
+	@$(BIN)/python -m experiments.phase7 nano --seeds $(SEEDS) --ceilings --out runs/demo --replace
 
 demo-smollm2: $(VENV)/.smollm2 ## the same job on SmolLM2-135M-Instruct, small settings
 	@echo "[demo] experiments.phase7 on SmolLM2-135M-Instruct, seeds $(SEEDS), into runs/smollm2"

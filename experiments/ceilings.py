@@ -33,7 +33,7 @@ FORMS = {
     "full fine-tuning": (FULL, full_params),
     f"LoRA, rank {LORA_RANK}": (LORA, lora_params),
 }
-RATES = {"full fine-tuning": 1e-3, f"LoRA, rank {LORA_RANK}": 1e-3}
+RATES = {"full fine-tuning": 1e-4, f"LoRA, rank {LORA_RANK}": 3e-4}
 """the best of a few on validation items, see docs/log.md"""
 
 
