@@ -1,5 +1,6 @@
-"""Tiny Llamas from transformers, and the files that Phase 6 would write of them."""
+"""Tiny models from transformers, and the files that Phase 6 would write of them."""
 
+import functools
 import json
 
 import jax
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from forge_jax.models import Decoder
 
@@ -27,6 +36,55 @@ TINY = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+# what each family adds to `COMMON`: a window shorter than the rows, a rope scaling that bends most
+# frequencies within them
+COMMON = {
+    "vocab_size": 67,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+LLAMA_SHAPE = {n: TINY[n] for n in TINY if n.startswith(("hidden", "inter", "num", "max", "rms"))}
+SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+FAMILY_CONFIGS = {
+    "llama": (LlamaConfig, {**LLAMA_SHAPE, "tie_word_embeddings": True}),
+    "llama3": (LlamaConfig, {**LLAMA_SHAPE, "rope_parameters": SCALING}),
+    "mistral": (MistralConfig, {**LLAMA_SHAPE, "sliding_window": 4}),
+    "qwen2": (Qwen2Config, {**LLAMA_SHAPE, "tie_word_embeddings": True}),
+    "qwen2 window": (Qwen2Config, {**LLAMA_SHAPE, **WINDOW}),
+    "qwen3": (Qwen3Config, {**LLAMA_SHAPE, "head_dim": 10}),
+    "gpt2": (GPT2Config, {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 40}),
+}
+
+
+@pytest.fixture(scope="session")
+def make_family():
+    """Return a function: a random float32 model of a family; no bias is zero and no norm one."""
+
+    @functools.cache
+    def make(name):
+        kind, fields = FAMILY_CONFIGS[name]
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(kind(**COMMON, **fields))
+        for weight_name, weight in model.named_parameters():
+            if weight_name.endswith("bias"):
+                torch.nn.init.uniform_(weight, -0.5, 0.5)
+            elif weight.ndim == 1:
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+        return model.eval()
+
+    return make
 
 
 @pytest.fixture(scope="session")
