@@ -28,7 +28,7 @@ import tyro
 
 from experiments.files import write_atomic, write_json
 from forge_jax import optim
-from forge_jax.optim.orthogonalize import multiplications
+from forge_jax.optim.newton_schulz import multiplications
 
 
 @dataclasses.dataclass(frozen=True)

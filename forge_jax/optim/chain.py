@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from forge_jax.optim import diagnostics as measures
+from forge_jax.optim import measured as measures
 from forge_jax.optim.clip import NumHeads, QkSelect, is_qk, qk_clip
 from forge_jax.optim.config import MuGrokConfig
 from forge_jax.optim.grokfast import grokfast_ema

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import optax
 
-from forge_jax.optim.orthogonalize import JORDAN, NAMES
+from forge_jax.optim.newton_schulz import JORDAN, NAMES
 
 # What each phase sets apart from the defaults. Phases 2, 4 and 8 have no preset: 2 uses no
 # gradients, and no source states one for 4 and 8.

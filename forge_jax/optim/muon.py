@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from forge_jax.optim.layout import Layout, flax_layout, from_matrices, name, to_matrices
-from forge_jax.optim.orthogonalize import Coefficients, orthogonalize_and_count, schedule
+from forge_jax.optim.newton_schulz import Coefficients, orthogonalize_and_count, schedule
 
 UpdateScale = Literal["none", "width", "rms"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from forge_jax import optim
-from forge_jax.optim.orthogonalize import multiplications, schedule
+from forge_jax.optim.newton_schulz import multiplications, schedule
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 orthogonalize = jax.jit(optim.orthogonalize, static_argnames=("steps", "coeffs", "tol"))
