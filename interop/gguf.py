@@ -203,7 +203,8 @@ def _tokenizer(
             "supported; want 'gpt2' with 'smollm' or 'gpt-2'."
         )
     tokens = fields.need("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in fields.need("tokenizer.ggml.merges")]
+    # the writer leaves an empty list out
+    merges = [tuple(m.split(" ", 1)) for m in fields.get("tokenizer.ggml.merges", [])]
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = make_tokenizer(
         lambda: Tokenizer(models.BPE(vocab=vocab, merges=merges)), fields.path

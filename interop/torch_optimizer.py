@@ -51,6 +51,8 @@ class MuonGrokfast(torch.optim.Optimizer):
         ValueError: a field is unknown or out of range, or a rate is a schedule.
     """
 
+    state: Any  # torch's, by parameter; and the two counters by name
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -73,7 +75,7 @@ class MuonGrokfast(torch.optim.Optimizer):
         given = list(params)
         # torch refuses an empty list but takes a group without parameters.
         super().__init__(given or [{"params": []}], {"lr": None, "weight_decay": None})
-        self.state["step"], self.state["skipped"] = 0, 0  # pyright: ignore[reportArgumentType]
+        self.state["step"], self.state["skipped"] = 0, 0
         if given:
             self._warn_if_nothing_clips()
 
@@ -118,11 +120,10 @@ class MuonGrokfast(torch.optim.Optimizer):
         finite, self._opt_states, stepped = jax.block_until_ready(
             self._compiled(tuple(groups), self._opt_states, params, grads, present, scalars)
         )
-        counter: Any = self.state
         if not finite:
-            counter["skipped"] += 1
+            self.state["skipped"] += 1
             return loss
-        counter["step"] += 1
+        self.state["step"] += 1
         for group, ns, new in zip(self.param_groups, names, stepped, strict=True):
             for name, param in zip(ns, group["params"], strict=True):
                 if param.grad is not None:
