@@ -4,18 +4,19 @@
     python -m experiments.grokking runs/grokking-smoke --smoke
 
 A network of two layers sees a fraction of all pairs (a, b) and predicts (a + b) mod p on the
-others. Each arm tunes its own learning rate on seeds that are not reported, then runs the
-reported seeds, all of them in one program, vmapped. The arms differ in nothing else: the same
-batches, weight decay and initial weights; Muon's updates have the "rms" scale, so that one rate
-serves its matrices and the embedding that AdamW has. The number is the first evaluation at which
-the validation accuracy is 95 %; a run that never gets there is counted, not averaged.
+others. Each arm tunes its own learning rate on seeds that are not reported (the first rate whose
+runs have all generalised wins), then runs the reported seeds, all in one program, vmapped. The
+arms differ in nothing else: the same batches, weight decay and initial weights; Muon's updates
+have the "rms" scale, so that one rate serves its matrices and the embedding that AdamW has. The
+number is the first evaluation at which the validation accuracy is 95 %; a run that never gets
+there is counted, not averaged.
 
 Writes `config.json`, `result.json`, `table.md` and `grokking.png`.
 """
 
 import dataclasses
-import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +44,9 @@ class Args:
     """of all pairs that training sees"""
     width: int = 64
     """of an embedding; the hidden layer has four times as many units"""
-    steps: int = 3000
+    steps: int = 1500
     """updates of a run at most; it ends when every seed has generalised"""
-    every: int = 25
+    every: int = 10
     """updates between evaluations"""
     batch: int = 512
     """pairs of an update"""
@@ -53,7 +54,7 @@ class Args:
     """reported runs of each arm"""
     tuning_seeds: int = 2
     """runs for each learning rate tried"""
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1)
     """learning rates tried"""
     weight_decay: float = 1.0
     """decoupled, times the learning rate"""
@@ -150,16 +151,19 @@ def advance(run: Run, seed: Array, rate: Array, arm: str, args: Args) -> tuple[R
         batch = train[jax.random.randint(batch_key, (args.batch,), 0, len(train))]
         grads = jax.grad(loss)(run.params, batch)
         updates, state = tx.update(grads, run.opt_state, run.params)
-        return Run(optax.apply_updates(run.params, updates), state, key), None
+        params: Any = optax.apply_updates(run.params, updates)
+        return Run(params, state, key), None
 
     run, _ = jax.lax.scan(update, run, None, args.every)
     right = logits(run.params, rest).argmax(1) == rest.sum(1) % args.prime
     return run, right.mean()
 
 
-def train(arm: str, rates: list[float], seeds: list[int], args: Args) -> Float[np.ndarray, "r t"]:
-    """Return the accuracy of each (rate, seed) run at each evaluation."""
-    rate, seed = jnp.asarray(rates), jnp.asarray(seeds)
+def train(
+    arm: str, rates: Sequence[float], seeds: Sequence[int], args: Args
+) -> Float[np.ndarray, "rates seeds times"]:
+    """Return the accuracy of each run at each evaluation, until a rate has all its seeds there."""
+    seed, rate = (x.ravel() for x in np.meshgrid(np.array(seeds), np.array(rates, np.float32)))
     chunk = jax.jit(
         jax.vmap(lambda run, seed, rate: advance(run, seed, rate, arm, args)), donate_argnums=0
     )
@@ -167,10 +171,10 @@ def train(arm: str, rates: list[float], seeds: list[int], args: Args) -> Float[n
     curves: list[np.ndarray] = []
     while len(curves) * args.every < args.steps:
         runs, accuracy = chunk(runs, seed, rate)
-        curves.append(np.asarray(accuracy))
-        if np.all(np.max(curves, axis=0) >= TARGET):
+        curves.append(np.asarray(accuracy).reshape(len(rates), len(seeds)))
+        if np.any(np.all(np.max(curves, axis=0) >= TARGET, axis=1)):
             break
-    return np.stack(curves, axis=1)
+    return np.stack(curves, axis=-1)
 
 
 def steps_to_target(curves: Float[np.ndarray, "r t"], every: int) -> list[int | None]:
@@ -179,18 +183,15 @@ def steps_to_target(curves: Float[np.ndarray, "r t"], every: int) -> list[int | 
     return [int((row.argmax() + 1) * every) if row.any() else None for row in reached]
 
 
-def tune(arm: str, args: Args) -> tuple[float, dict[str, list[int | None]]]:
-    """Return the rate with the fewest steps, those that never arrive counting as all steps."""
+def tune(arm: str, args: Args) -> tuple[float, dict[str, list[float]]]:
+    """Return the rate whose runs all arrived first, or failing that the one of best accuracy."""
     seeds = [1000 + i for i in range(args.tuning_seeds)]
-    runs = list(itertools.product(args.rates, seeds))
-    curves = train(arm, [rate for rate, _ in runs], [seed for _, seed in runs], args)
-    steps = steps_to_target(curves, args.every)
-    table = {
-        f"{rate:g}": [s for s, (r, _) in zip(steps, runs, strict=True) if r == rate]
-        for rate in args.rates
-    }
-    cost = {rate: sum(s or 2 * args.steps for s in table[f"{rate:g}"]) for rate in args.rates}
-    return min(cost, key=lambda rate: cost[rate]), table
+    curves = train(arm, args.rates, seeds, args)
+    final = curves.max(-1)
+    arrived = np.all(final >= TARGET, axis=1)
+    winner = int(np.argmax(arrived * 2 + final.mean(1)))
+    table = {f"{rate:g}": row.tolist() for rate, row in zip(args.rates, final, strict=True)}
+    return args.rates[winner], table
 
 
 def summary(steps: list[int | None]) -> dict[str, Any]:
@@ -235,14 +236,14 @@ def plot(curves: dict[str, np.ndarray], args: Args) -> Figure:
 def main(args: Args) -> dict[str, Any]:
     if args.smoke:
         tiny = {"prime": 11, "width": 8, "steps": 100, "batch": 32, "seeds": 2}
-        args = dataclasses.replace(args, **tiny, tuning_seeds=1, rates=(3e-3, 3e-2))
+        args = dataclasses.replace(args, **tiny, tuning_seeds=1, rates=(3e-2, 1e-1))
     args.out.mkdir(parents=True)  # refuse to overwrite a run
     write_json(args.out / "config.json", dataclasses.asdict(args) | {"out": str(args.out)})
     rows, curves = {}, {}
     for arm in ARMS:
         started = time.perf_counter()
         rate, tuning = tune(arm, args)
-        curves[arm] = train(arm, [rate] * args.seeds, list(range(args.seeds)), args)
+        curves[arm] = train(arm, [rate], range(args.seeds), args)[0]
         rows[arm] = summary(steps_to_target(curves[arm], args.every))
         rows[arm] |= {"rate": rate, "tuning": tuning, "seconds": time.perf_counter() - started}
         print(f"{arm}: rate {rate:g}, steps {rows[arm]['steps']}, {rows[arm]['seconds']:.0f} s")

@@ -112,7 +112,8 @@ def jax_contender(tx: optax.GradientTransformation, shapes: Mapping[str, Any]) -
         carry[:] = jax.block_until_ready(compiled(*carry, grads))
 
     size = sum(x.nbytes for x in jax.tree.leaves(state))
-    return Contender(run, compile_s, size, compiled.memory_analysis().temp_size_in_bytes)
+    memory: Any = compiled.memory_analysis()
+    return Contender(run, compile_s, size, memory.temp_size_in_bytes)
 
 
 def torch_contender(shapes: Mapping[str, Any]) -> Contender:
@@ -144,15 +145,14 @@ def contenders(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Contender]:
     bare = dataclasses.replace(config, enable_grokfast=False, use_qk_clip=False)
     knobs: Any = {"fallback": optim.is_embedding, "layout": optim.torch_layout}
     spec = optax.contrib.MuonDimensionNumbers(1, 0)
+    specs: Any = {n: spec if to_muon(n, s) else None for n, s in shapes.items()}
     theirs = optax.contrib.muon(
         0.01,
         nesterov=False,
         adam_learning_rate=1e-4,
         adam_b2=0.999,
         adam_weight_decay=0.01,
-        muon_weight_dimension_numbers={
-            n: spec if to_muon(n, s) else None for n, s in shapes.items()
-        },
+        muon_weight_dimension_numbers=specs,
     )
     return {
         "mugrok": jax_contender(optim.mugrok(config, num_heads=5, **knobs), shapes),

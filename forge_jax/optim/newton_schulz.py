@@ -86,9 +86,10 @@ def orthogonalize_and_count(
     y = x.astype(jnp.float32) / jnp.where(largest > 0, largest, 1)
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
+    m, n = y.shape[-2:]
     if polynomials is None:
         y = _svd(y)
-    elif _gram_cost(*y.shape[-2:], polynomials) < _whole_cost(*y.shape[-2:], polynomials):
+    elif _gram_cost(m, n, polynomials) < _whole_cost(m, n, polynomials):
         y = _by_gram_matrix(y, polynomials)
     else:
         y = _by_optax(y, polynomials)

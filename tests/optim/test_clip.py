@@ -23,7 +23,8 @@ def project(w, u, threshold, heads):
 def apply(tx, w, u, path="q_proj", **extra) -> Any:
     params, updates = {path: {"kernel": w}}, {path: {"kernel": u}}
     new, state = tx.update(updates, tx.init(params), params, **extra)
-    return optax.apply_updates(params, new)[path]["kernel"], state
+    moved: Any = optax.apply_updates(params, new)
+    return moved[path]["kernel"], state
 
 
 def test_500_random_draws_end_inside():
@@ -128,6 +129,7 @@ def test_default_selection_is_by_whole_components(path, yes):
 
 
 def test_matching_nothing_warns_once():
+    updates: Any
     params = {"dense": jnp.ones((2, 2))}
     for tx in (optim.qk_clip(1.0), optim.qk_clip_logits(1.0, 1)):
         with pytest.warns(UserWarning, match="matches no leaf") as caught:
@@ -157,13 +159,13 @@ def test_logits_come_down_to_the_threshold(heads, kv_heads):
     tx = optim.qk_clip_logits(threshold, heads, kv_heads)
     params = {"attn": {"q_proj": jnp.asarray(q), "k_proj": jnp.asarray(k), "v": jnp.ones((2, 2))}}
     zeros = jax.tree.map(jnp.zeros_like, params)
+    state: Any
     updates, state = tx.update(
         zeros, tx.init(params), params, max_logits={"attn": jnp.asarray(logits)}
     )
     new: Any = optax.apply_updates(params, updates)
-    after = attention(
-        *(np.asarray(new["attn"][n]) for n in ("q_proj", "k_proj")), x, heads, kv_heads
-    )
+    new_q, new_k = (np.asarray(new["attn"][part]) for part in ("q_proj", "k_proj"))
+    after = attention(new_q, new_k, x, heads, kv_heads)
     groups = logits.reshape(kv_heads, -1).max(1)
     gamma = np.repeat(np.minimum(1, threshold / groups), heads // kv_heads)
     np.testing.assert_allclose(after, gamma * logits, rtol=1e-4)

@@ -101,12 +101,13 @@ def test_direction_of_torch_muon(adjust):
     p = torch.nn.Parameter(torch.tensor(start))
     muon = torch.optim.Muon([p], lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust)
     config = optim.MuGrokConfig(muon_lr=0.02, enable_grokfast=False, use_qk_clip=False)
+    scales: dict[str, Any] = {"original": "width", "match_rms_adamw": "rms"}
     tx = optim.mugrok(
         config,
         nesterov=True,
         muon_weight_decay=0.1,
         layout=optim.torch_layout,
-        update_scale={"original": "width", "match_rms_adamw": "rms"}[adjust],
+        update_scale=scales[adjust],
     )
     params: Any = {"w": jnp.asarray(start)}
     state = tx.init(params)

@@ -104,7 +104,7 @@ def test_tolerance_holds_on_300_fresh_gaussians_and_on_rectangles():
 @pytest.mark.parametrize("ratio", [1e-3, 1e-4, 1e-5])
 @pytest.mark.parametrize("shape", [(48, 48), (24, 96)])
 def test_tolerance_holds_down_to_the_promised_conditioning(shape, ratio):
-    x = conditioned(6, *shape, ratio)
+    x = conditioned(6, shape[0], shape[1], ratio)
     assert worst(orthogonalize(x, tol=1e-2)) <= 1e-2
     assert worst(orthogonalize(x, tol=1e-4)) <= 1.1e-4
 
