@@ -37,8 +37,6 @@ class Args:
     """directory for the results"""
     rounds: int = 9
     """timed rounds; medians are over these"""
-    scale: float = 1.0
-    """multiplies the width, for a quick look"""
 
 
 class Contender(NamedTuple):
@@ -50,12 +48,12 @@ class Contender(NamedTuple):
     temporary_bytes: int | None
 
 
-def cognate_shapes(scale: float = 1.0) -> dict[str, tuple[int, ...]]:
+def cognate_shapes() -> dict[str, tuple[int, ...]]:
     """Return the shapes of Cognate's parameters, torch's (outputs, inputs)."""
-    d, ff, memory = (int(n * scale) for n in (320, 1280, 160))
+    d, ff, memory = 320, 1280, 160
     shapes: dict[str, tuple[int, ...]] = {
-        "backbone.token_emb.weight": (int(32768 * scale), d),
-        "backbone.pos_emb.weight": (int(2048 * scale), d),
+        "backbone.token_emb.weight": (32768, d),
+        "backbone.pos_emb.weight": (2048, d),
         "backbone.norm.weight": (d,),
         "backbone.ltm.w_down.weight": (memory, d),
         "backbone.ltm.w_up.weight": (d, memory),
@@ -243,7 +241,7 @@ def main(args: Args) -> dict[str, Any]:
     jax.config.update("jax_enable_compilation_cache", False)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "config.json", dataclasses.asdict(args) | {"out": str(args.out)})
-    shapes = cognate_shapes(args.scale)
+    shapes = cognate_shapes()
     total = sum(math.prod(s) for s in shapes.values())
     entries = contenders(shapes)
     seconds = race(entries, args.rounds)
