@@ -123,14 +123,19 @@ def pareto(
     front: Bool[np.ndarray, " n"],
     chosen: int | None,
 ) -> str:
-    """Draw accuracy against latency, memory as colour, the front's outline, the choice ringed."""
+    """Draw accuracy against latency, memory as colour, the front's outline, the choice ringed.
+
+    Where latency is no objective, all candidates have the same: the two change places.
+    """
+    costs = {"latency, ms": latency_ms, "memory, MB": 1000 * memory_gb}
+    (across, cost), (shade, other) = sorted(costs.items(), key=lambda item: np.ptp(item[1]) == 0)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        rest = axes.scatter(latency_ms[~front], 100 * accuracy[~front], s=14, color="#cfd4dc")
+        rest = axes.scatter(cost[~front], 100 * accuracy[~front], s=14, color="#cfd4dc")
         rest.set_label("dominated")
-        order = np.argsort(latency_ms[front])
-        x, y, c = (v[front][order] for v in (latency_ms, 100 * accuracy, 1000 * memory_gb))
+        order = np.argsort(cost[front])
+        x, y, c = (v[front][order] for v in (cost, 100 * accuracy, other))
         # The front of four objectives is no line; its outline in these two is a staircase.
         reached = np.maximum.accumulate(y)
         axes.plot(x, reached, color="#aab2bf", linewidth=1, zorder=1, drawstyle="steps-post")
@@ -138,10 +143,10 @@ def pareto(
         dots.set_label("Pareto front")
         if chosen is not None:
             ring = {"s": 190, "facecolors": "none", "edgecolors": COLOURS[1], "linewidths": 1.8}
-            at = axes.scatter(latency_ms[chosen], 100 * accuracy[chosen], zorder=4, **ring)
+            at = axes.scatter(cost[chosen], 100 * accuracy[chosen], zorder=4, **ring)
             at.set_label("chosen")
-        axes.set(xlabel="latency, ms", ylabel="validation accuracy, %")
-        figure.colorbar(dots, ax=axes, label="memory, MB", pad=0.01).outline.set_visible(False)
+        axes.set(xlabel=across, ylabel="validation accuracy, %")
+        figure.colorbar(dots, ax=axes, label=shade, pad=0.01).outline.set_visible(False)
         figure.legend(loc="outside upper center", ncols=3)
 
     return drawn(draw, 9.6, 3.9)

@@ -45,6 +45,14 @@ QUANTITIES = {
 # Not results: what a run needs to go on, and the views of its record.
 HIDDEN = {"checkpoints", "once", "tensorboard", "wandb", "wandb.json", "report.html"}
 
+ROWS = {
+    "base": "base",
+    "uniform": "uniform, α = 1/K",
+    "alpha_one": "all in full, α = 1",
+    "best": "best mixture",
+}
+"""keys of summary.json and what the tables call them; the other rows are experts"""
+
 LEAD = "Self-adaptation of one checkpoint: SVF experts and their mixture."
 Scores = Mapping[str, float | None]  # domain -> accuracy in [0, 1]
 
@@ -108,9 +116,7 @@ def results(summary: Mapping[str, Any]) -> dict[str, Scores]:
     """Return the rows of the headline table, label -> scores, in order."""
     found = {"base": summary.get("base")}
     found |= {f"{name} expert": scores for name, scores in summary.get("experts", {}).items()}
-    found["uniform, α = 1/K"] = summary.get("uniform")
-    found["all in full, α = 1"] = summary.get("alpha_one")
-    found["best mixture"] = summary.get("best")
+    found |= {ROWS[row]: summary.get(row) for row in ("uniform", "alpha_one", "best")}
     return {label: scores for label, scores in found.items() if scores}
 
 
@@ -183,7 +189,7 @@ def cards(summary: Mapping[str, Any], phase7: Mapping[str, Any]) -> str:
     if metrics.get("vram_gb") is not None:
         items.append(("memory", size_words(1e9 * metrics["vram_gb"])))
     if metrics.get("throughput_tps") is not None:
-        items.append(("throughput", f"{metrics['throughput_tps']:.3g} <small>tokens/s</small>"))
+        items.append(("throughput", f"{metrics['throughput_tps']:,.0f} <small>tokens/s</small>"))
     if "success" in phase7:
         items.append(("constraints", "hold" if phase7["success"] else "do not all hold"))
     if summary.get("seconds") is not None:
@@ -223,7 +229,8 @@ def unplanted(summary: Mapping[str, Any]) -> str:
         return ""
     tasks = list(next(iter(found.values())))
     lines = [
-        [label, *[cell(scores.get(t), None, "") for t in tasks]] for label, scores in found.items()
+        [ROWS.get(row, f"{row} expert"), *[cell(scores.get(t), None, "") for t in tasks]]
+        for row, scores in found.items()
     ]
     note = "Their training text answers a prompt in one way only. Test accuracy in percent."
     return section("Tasks without planted frequencies", table(["", *tasks], lines, "scores"), note)
