@@ -275,14 +275,15 @@ def _unsupported(fields: Mapping[str, Any], name: str, rope: Mapping[str, Any]) 
 def _divides(fields: Mapping[str, Any]) -> bool:
     """Whether GPT-2's heads share its width evenly; what is no number is named elsewhere."""
     width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
-    numbers = isinstance(width, int) and isinstance(heads, int) and heads > 0
-    return not numbers or width % heads == 0
+    if not isinstance(width, int) or not isinstance(heads, int) or heads < 1:
+        return True
+    return width % heads == 0
 
 
 def _is_full_first(fields: Mapping[str, Any]) -> bool:
     """Whether `layer_types` is what a single `max_window_layers` can say."""
     kinds, layers = fields["layer_types"], fields.get("num_hidden_layers")
-    if not isinstance(kinds, list) or len(kinds) != layers:
+    if not isinstance(kinds, list) or not isinstance(layers, int) or len(kinds) != layers:
         return False
     return kinds == _layer_types(layers, 1, kinds.count("full_attention"))
 

@@ -123,7 +123,7 @@ def _place(stem: str, shapes: Mapping[str, tuple[int, ...]], path: Path) -> Entr
     """Where the matrix of three factors goes, known before they are multiplied."""
     whole, _, part = stem.rpartition(".")
     rule = find_rule(stem) or find_rule(whole)
-    leaf = None if rule is None else split_paths(rule[0]).get(part, rule[0])
+    leaf = "" if rule is None else split_paths(rule[0]).get(part, rule[0])
     if rule is None or leaf not in shapes or not leaf.endswith("/kernel"):
         raise ValueError(f"{path}: {stem} is no matrix of this model, but has factors.")
     shape = shapes[leaf]
@@ -152,8 +152,9 @@ def _fuse_parts(tensors: Mapping[str, np.ndarray], path: Path) -> dict[str, np.n
     """Tensors in which the parts q, k and v of a weight are one again."""
     out = {n: a for n, a in tensors.items() if not n.endswith((".q", ".k", ".v"))}
     for stem in {n[:-2] for n in tensors.keys() - out.keys()}:
-        parts = [tensors.get(f"{stem}.{part}") for part in ("q", "k", "v")]
-        if any(p is None or p.ndim != 2 or p.shape != parts[0].shape for p in parts):
+        found = [tensors.get(f"{stem}.{part}") for part in ("q", "k", "v")]
+        parts = [p for p in found if p is not None and p.ndim == 2]
+        if len(parts) < 3 or len({p.shape for p in parts}) > 1:
             raise ValueError(f"{path}: {stem} needs its parts q, k and v, all of one shape.")
         out[stem] = np.concatenate(parts, axis=1)
     return out

@@ -84,9 +84,11 @@ def fuse_qkv(leaves: Mapping[str, Any], names: Names) -> dict[str, Any]:
     out = dict(leaves)
     for entry in names.values():
         paths = list(split_paths(entry.path).values())
-        parts = [out.get(path) for path in paths]
-        third = (*entry.shape[:-1], entry.shape[-1] // 3) if paths else ()
-        if paths and entry.path not in out and all(np.shape(p) == third for p in parts):
+        parts = [out[path] for path in paths if path in out]
+        if entry.path in out or len(parts) != 3:
+            continue
+        third = (*entry.shape[:-1], entry.shape[-1] // 3)
+        if all(np.shape(part) == third for part in parts):
             out = {path: leaf for path, leaf in out.items() if path not in paths}
             out[entry.path] = np.concatenate([np.asarray(p) for p in parts], axis=-1)
     return out

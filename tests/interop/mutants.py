@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import _utils
 
 from interop import (
     load_gguf,
@@ -195,7 +196,7 @@ def hostile(marker, rng):
         Run(exec, f"open({str(marker)!r}, 'w')"),
         Run(Path(marker).touch),
         Run(bytearray, 5 * 2**30),
-        Run(torch._utils._rebuild_device_tensor_from_cpu_tensor, wide, torch.float64, "cpu", False),
+        Run(_utils._rebuild_device_tensor_from_cpu_tensor, wide, torch.float64, "cpu", False),
         laughs(),
         deep(100),
         deepest(),

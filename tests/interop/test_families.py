@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,10 @@ from interop import (
     load_huggingface,
     load_low_rank,
     load_phase6,
+    load_phase8,
     params_to_torch,
     save_huggingface,
+    write_phase8,
 )
 from interop.config import hf_config, spec_from_config
 from interop.lowrank import factor_tensors
@@ -273,10 +276,13 @@ def test_what_a_family_cannot_do_is_said(make_family, name):
     config = json.loads(make_family(name).config.to_json_string())
     with pytest.raises(ValueError, match="config of x does not fit") as caught:
         spec_from_config({**config, **BAD[name]}, "x")
+    said = {
+        "activation_function": "hidden_act",
+        "use_sliding_window": "layer_types",
+        "rope_parameters": "rope scaling: factor is -1",
+    }
     for field in BAD[name]:
-        words = {"activation_function": "hidden_act", "use_sliding_window": "layer_types"}
-        words["rope_parameters"] = "rope scaling: factor is -1"
-        assert words.get(field, field) in str(caught.value)
+        assert str(said.get(field, field)) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -294,3 +300,51 @@ def test_fields_left_out_have_the_familys_defaults(config, wanted):
     shape |= {"num_hidden_layers": 1, "num_attention_heads": 16}
     spec = spec_from_config({**shape, **config}, "x")
     assert {field: getattr(spec, field) for field in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 split", "qwen3"])
+def test_phase8_artifacts_of_other_families(tmp_path, make_family, torch_logits, name):
+    """Experts, mixture per weight, low-rank twin and the directory for torch come back."""
+    make_family(name.removesuffix(" split")).save_pretrained(tmp_path / "in")
+    fused = False if name.endswith("split") else None
+    checkpoint = load_phase6(tmp_path / "in", fused_qkv=fused)
+    factors, ones = svf.decompose(checkpoint.params, svf.is_attention_or_mlp)
+    rng = np.random.default_rng(0)
+    experts = {
+        domain: {p: np.float32(1 + 0.2 * rng.standard_normal(z.shape)) for p, z in ones.items()}
+        for domain in ("math", "code")
+    }
+    stacked = {p: jnp.stack([z[p] for z in experts.values()]) for p in ones}
+    z = svf.mix(stacked, jnp.array([0.5, 1.0]))
+    metrics = {"latency_ms": 1.0, "accuracy": 0.5, "vram_gb": 0.1, "throughput_tps": 9.0}
+    out = write_phase8(
+        tmp_path / "out",
+        checkpoint,
+        experts,
+        [0.5, 1.0],
+        adapted_params=svf.materialize(factors, z),
+        measure=lambda path: metrics,
+        succeeded=lambda found: True,
+        alpha_by_path={path: [0.5, 1.0] for path in ones},
+        low_rank_params=svf.truncate(factors, z, 0.4),
+        rank_fraction=0.4,
+    )
+    back = load_phase8(out)
+    assert back.experts.keys() == experts.keys()
+    for domain, own in experts.items():
+        assert back.experts[domain].keys() == own.keys()
+        assert all(np.array_equal(back.experts[domain][p], own[p]) for p in own)
+    assert back.alpha_by_path is not None
+    assert back.alpha_by_path.keys() == ones.keys()
+    assert back.low_rank is not None
+    assert back.low_rank.checkpoint.spec == checkpoint.spec == back.checkpoint.spec
+
+    tokens, mask = rows()
+    model = AutoModelForCausalLM.from_pretrained(out / "huggingface")
+    want = torch_logits(model, tokens, mask)
+    got = score(checkpoint.spec, back.params, tokens, mask)
+    assert np.abs(got - want)[mask].max() <= 1e-4
+    split = "transformer.h.0.attn.c_attn.weight.q"
+    assert (split in torch.load(out / "z_vectors_math.pt", weights_only=True)) == (
+        name == "gpt2 split"
+    )

@@ -60,8 +60,8 @@ def base(tmp_path_factory, make_llama, tokenizer):
     formats.write_safetensors(base / "low_rank" / "m.safetensors", low_rank)
     formats.write_json(base / "low_rank" / "m.json", {"config": hf_config(spec, config)})
     masks = {path: np.full(n, 0.4, np.float32) for path, n in matrices(spec).values()}
-    for form, name in (("names", "expert"), ("policy", "policy")):
-        save_transformer_squared(base / name / "expert.pt", masks, spec, form=form)
+    save_transformer_squared(base / "expert" / "expert.pt", masks, spec, form="names")
+    save_transformer_squared(base / "policy" / "expert.pt", masks, spec, form="policy")
     write_phase8(
         base / "phase8",
         checkpoint,
