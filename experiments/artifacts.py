@@ -23,9 +23,10 @@ def measure_file(problem: Problem, path: Path) -> dict[str, float]:
     load = load_low_rank if path.suffix == ".safetensors" else load_phase6
     checkpoint = load(path)
     params = jax.tree.map(jnp.asarray, checkpoint.params)
+    projector = checkpoint.projector if problem.weights["projector"] is not None else None
     score = [
         problem.params_scorer(
-            params, checkpoint.projector, task.batches["test"], task, answers(task, "test")
+            params, projector, task.batches["test"], task, answers(task, "test")
         ).mean()
         for task in problem.tasks
     ]
@@ -39,21 +40,25 @@ def write(
     experts,
     chosen: results.Chosen,
     index: dict[str, int],
-    kl: float,
+    kl: dict[str, float],
     seed: int,
 ) -> Path:
-    """Write one seed's Phase 8 directory unless it is there already; where it lies."""
+    """Write one seed's Phase 8 directory unless it is there already; where it lies.
+
+    `kl` holds the nats to the base of the rows "best" and "twin".
+    """
     directory = run.path / f"seed{seed}"
-    if not directory.exists() and is_lifted(run, seed):
+    if is_lifted(run, seed):
         return run.path
     if directory.exists():
         return directory
     names = [t.name for t in problem.tasks]
     factors = problem.weights["factors"]
-    z = results.factors_of_alpha(chosen.alpha, index, experts)
+    z = results.mixed_z(chosen.alpha, index, experts)
 
-    def succeeded(metrics: dict[str, float]) -> bool:
-        missed = search.violations({**metrics, "kl": kl}, search.Limits())
+    def succeeded(metrics: dict[str, float], path: Path) -> bool:
+        own = kl["twin" if path.suffix == ".safetensors" else "best"]
+        missed = search.violations({**metrics, "kl": own}, search.Limits())
         return all(float(v) == 0 for v in missed.values())
 
     per_layer = len(chosen.alpha) > 1
@@ -71,7 +76,11 @@ def write(
         alpha_by_path=mixture.by_path(chosen.alpha, index) if per_layer else None,
         low_rank_params=twin,
         rank_fraction=chosen.twin_rank,
-        extra_metadata={"seed": seed, "kl_to_base_nats": kl},
+        extra_metadata={
+            "seed": seed,
+            "kl_to_base_nats": kl["best"],
+            "low_rank_kl_to_base_nats": kl["twin"],
+        },
     )
 
 
@@ -85,7 +94,7 @@ def is_lifted(run: runs.Run, seed: int) -> bool:
 
 def lift(run: runs.Run, directory: Path) -> None:
     """Move a seed's artifacts to the top of the run, by renames; a killed lift is called again."""
-    if directory == run.path:
+    if not directory.exists() or directory == run.path:
         return
     for path in sorted(directory.iterdir(), key=lambda p: p.name == FIRST):
         target = run.path / path.name
@@ -105,12 +114,13 @@ def write_arrays(run: runs.Run, name: str, arrays: dict[str, np.ndarray]) -> Non
 def search_arrays(found: mixture.Found) -> dict[str, np.ndarray]:
     """The last population for the report's Pareto plot."""
     fitness = found.fitness
-    rank = np.asarray(search.non_dominated_rank(jnp.asarray(fitness)))
+    kept = np.where(found.violation[:, None] == 0, fitness, np.inf)
+    rank = np.asarray(search.non_dominated_rank(jnp.asarray(kept)))
     return {
         "accuracy": 1 - fitness[:, 0],
         "latency_ms": fitness[:, 1],
         "memory_gb": fitness[:, 2],
-        "front": rank == 0,
+        "front": (rank == 0) & (found.violation == 0),
         "hypervolume": np.array(found.hypervolume),
         "alpha": found.genomes["alpha"],
         "rank": found.genomes["rank"],

@@ -1,9 +1,11 @@
 """Ceilings beside the experts: full fine-tuning and LoRA of the same base, on as many samples.
 
 Each domain's model is trained as its expert is: same loss, same draws, same optimizer chain,
-best step on validation; only what is trained differs, and the learning rate that suits it.
+best step on validation; only what is trained differs, and the learning rate that suits it. They
+take all their steps, an expert may stop before.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from experiments import run as runs
 from experiments.data.tasks import Task
-from experiments.experts import Settings, Step, goes_on, init_state, is_due, keep_best, make_step
+from experiments.experts import Settings, Step, fitted, init_state, make_step
 from experiments.forms import FULL, LORA, LORA_RANK, Form, full_params, lora_params
 from experiments.model import Weights
 from experiments.problem import Problem, answers
@@ -43,9 +45,10 @@ def make_ceilings(
     """The ceilings that `rates` names, each compiled once for all domains."""
     out = {}
     for name, rate in rates.items():
-        (form, merge), own = FORMS[name], settings.with_rate(rate)
+        form, merge = FORMS[name]
+        own = dataclasses.replace(settings.with_rate(rate), patience=settings.steps)
         tx = optim.mugrok(own.optimizer())
-        step = make_step(problem.model, form, tx, own, problem.answer_length)
+        step = make_step(problem.model, form, tx, own, problem.new_tokens)
         out[name] = Ceiling(form, jax.jit(merge), own, step)
     return out
 
@@ -68,13 +71,16 @@ def accuracy(problem: Problem, params, task: Task, split) -> float:
 def train(problem: Problem, weights: Weights, ceiling: Ceiling, task: Task, seed: int):
     """The parameters at the best validation accuracy, that accuracy, bytes of what was trained."""
     tx = optim.mugrok(ceiling.settings.optimizer())
-    state, number = init_state(ceiling.form, weights, tx, 1, jax.random.key(seed)), 0
-    while goes_on(number, state, ceiling.settings):
-        state, _ = ceiling.step(weights, state, [task], seed, number)
-        number += 1
-        if is_due(number, ceiling.settings):
-            params = ceiling.merge(weights, state.delta)
-            state = keep_best(state, np.array([accuracy(problem, params, task, "validation")]))
+    state = init_state(ceiling.form, weights, tx, 1, jax.random.key(seed))
+
+    def validate(delta):
+        params = ceiling.merge(weights, delta)
+        return np.array([accuracy(problem, params, task, "validation")], np.float32)
+
+    def step(state, number):
+        return ceiling.step(weights, state, [task], seed, number)
+
+    state = fitted(step, validate, ceiling.settings, state)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.delta))
     return ceiling.merge(weights, state.best), float(state.best_accuracy[0]), size
 

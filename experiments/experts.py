@@ -6,8 +6,9 @@ of Phase 7, dense or LoRA weights for the ceilings beside them.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from experiments.data.batches import Batch, stack
 from experiments.data.tasks import Task, select
 from experiments.forms import SVF, Delta, Form, z_of, z_statistics
 from experiments.model import Model, Weights, images
-from experiments.scoring import make_rollout, rewards
+from experiments.scoring import exact_rewards, make_rollout, rewards
 from forge_jax import optim, rl, svf
 from forge_jax.models import Generated, response_logits
 
@@ -53,10 +54,18 @@ class Settings:
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
     """none: the guide's plain rewards"""
     supervised: bool = False
-    """fit the answers by cross-entropy instead of sampling"""
+    """fit the answers by cross-entropy (plus the KL term) instead of sampling"""
     validate_every: int = 10
-    patience: int = 4
-    """validations without a better accuracy of any expert before training stops"""
+    patience: int = 3
+    """training stops when no expert has improved for so many validations"""
+
+    def __post_init__(self):
+        counts = ("steps", "prompts", "samples", "validate_every", "patience")
+        wrong = [f"`{n}` must be at least 1" for n in counts if getattr(self, n) < 1]
+        if self.baseline == "leave_one_out" and self.samples < 2 and not self.supervised:
+            wrong.append("`samples` must be at least 2 for the leave-one-out baseline")
+        if wrong:
+            raise ValueError(", ".join(wrong) + ".")
 
     def with_rate(self, learning_rate: float) -> "Settings":
         """The same with another learning rate."""
@@ -140,9 +149,15 @@ def make_update(model: Model, form: Form, tx: optax.GradientTransformation, kl_w
 
 
 def draw(tasks: Sequence[Task], prompts: int, seed: int, step: int):
-    """The step's prompts of every task and the indices of their items; a function of the step."""
-    rng = np.random.default_rng((seed, step))
-    indices = [rng.choice(len(t.items["train"]), prompts, replace=False) for t in tasks]
+    """The step's prompts of every task and the indices of their items.
+
+    A function of seed, step and task: a ceiling sees the items that its expert sees.
+    """
+    streams = [np.random.default_rng((seed, step, crc32(t.name.encode()))) for t in tasks]
+    indices = [
+        rng.choice(len(t.items["train"]), prompts, replace=False)
+        for rng, t in zip(streams, tasks, strict=True)
+    ]
     batches = [select(t.batches["train"], i) for t, i in zip(tasks, indices, strict=True)]
     return flat(stack(batches)), indices
 
@@ -186,12 +201,15 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), number)
         responses = rollout(weights, state.delta, batch, key)
         tokens, mask = (np.split(np.asarray(x), len(tasks)) for x in responses)
-        wanted = [
-            [task.items["train"][i].answer for i in chosen]
-            for task, chosen in zip(tasks, indices, strict=True)
-        ]
-        rows = zip(tasks, tokens, mask, wanted, strict=True)
-        reward = np.stack([rewards(model, *row) for row in rows])
+
+        def reward_of(task, chosen, tokens, mask):
+            if task.is_exact:
+                return exact_rewards(tokens, select(task.batches["train"], chosen))
+            answers = [task.items["train"][i].answer for i in chosen]
+            return rewards(model, task, tokens, mask, answers)
+
+        rows = zip(tasks, indices, tokens, mask, strict=True)
+        reward = np.stack([reward_of(*row) for row in rows])
         reward = reward.reshape(len(tasks), settings.prompts, settings.samples)
         advantage = advantages(reward, settings.baseline)
         state, metrics = update(weights, state, batch, responses, advantage)
@@ -232,9 +250,43 @@ def is_due(number: int, settings: Settings) -> bool:
     return number % settings.validate_every == 0 or number == settings.steps
 
 
-def goes_on(number: int, state: State, settings: Settings) -> bool:
-    """Whether there are steps left and an expert that improved of late."""
-    return number < settings.steps and int(jnp.min(state.stale)) < settings.patience
+class Trained(NamedTuple):
+    """Where `fit` stands after a step."""
+
+    number: int
+    state: State
+    metrics: dict[str, Any]  # (K,) each
+    accuracy: np.ndarray | None  # (K,) where the experts were validated
+
+
+def fit(
+    step: Callable[[State, int], tuple[State, dict[str, Any]]],
+    validate: Callable[[Delta], np.ndarray],
+    settings: Settings,
+    number: int,
+    state: State,
+) -> Iterator[Trained]:
+    """Train from step `number` until the steps are used up or no expert improves any more.
+
+    The start is validated too: an expert that never beats the base stays the base.
+    """
+    if number == 0:
+        state = keep_best(state, validate(state.delta))
+    while number < settings.steps and int(jnp.min(state.stale)) < settings.patience:
+        state, metrics = step(state, number)
+        number += 1
+        accuracy = None
+        if number % settings.validate_every == 0 or number == settings.steps:
+            accuracy = validate(state.delta)
+            state = keep_best(state, accuracy)
+        yield Trained(number, state, metrics, accuracy)
+
+
+def fitted(step, validate, settings: Settings, state: State) -> State:
+    """The end of `fit` from its beginning."""
+    for done in fit(step, validate, settings, 0, state):
+        state = done.state
+    return state
 
 
 def train(
@@ -252,24 +304,25 @@ def train(
     """
     tx = optim.mugrok(settings.optimizer())
     state = init_state(SVF, weights, tx, len(tasks), jax.random.key(seed))
-    name = f"seed{seed}-experts"
-    number, state = runs.restore_latest(run, state, name=name) or (0, state)
-    with runs.progress(settings.steps, f"experts, seed {seed}", initial=number) as advance:
-        while goes_on(number, state, settings):
-            state, metrics = step(weights, state, tasks, seed, number)
-            number += 1
-            row = {"step": number, "seed": seed}
+    name, shown = f"seed{seed}-experts", "loss" if settings.supervised else "reward"
+    start, state = runs.restore_latest(run, state, name=name) or (0, state)
+    with runs.progress(settings.steps, f"experts, seed {seed}", initial=start) as advance:
+        for done in fit(
+            lambda state, number: step(weights, state, tasks, seed, number),
+            lambda delta: validate(scorer, weights, delta, tasks),
+            settings,
+            start,
+            state,
+        ):
+            state = done.state
+            row = {"step": done.number, "seed": seed}
             for k, task in enumerate(tasks):
-                row |= {f"svf/{task.name}/{m}": float(v[k]) for m, v in metrics.items()}
-            if is_due(number, settings):
-                accuracy = validate(scorer, weights, state.delta, tasks)
-                state = keep_best(state, accuracy)
-                for k, task in enumerate(tasks):
-                    measured = {"accuracy": float(accuracy[k]), **z_statistics(state.delta, k)}
-                    row |= {f"svf/{task.name}/{m}": v for m, v in measured.items()}
+                seen = {m: float(v[k]) for m, v in done.metrics.items()}
+                if done.accuracy is not None:
+                    seen |= {"accuracy": float(done.accuracy[k]), **z_statistics(state.delta, k)}
+                row |= {f"svf/{task.name}/{m}": v for m, v in seen.items()}
             runs.log(run, row)
-            if is_due(number, settings):
-                runs.save(run, number, state, name=name)
-            shown = "loss" if settings.supervised else "reward"
-            advance(1, **{shown: float(np.mean(metrics[shown]))})
+            if done.accuracy is not None:
+                runs.save(run, done.number, state, name=name)
+            advance(1, **{shown: float(np.mean(done.metrics[shown]))})
     return {k: np.asarray(v) for k, v in z_of(state.best).items()}

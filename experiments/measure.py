@@ -24,7 +24,7 @@ class Timings(NamedTuple):
     """Repeated measurements of one model."""
 
     forward: list[float]  # seconds a forward pass of 512 tokens
-    decode: list[float]  # seconds a decoded token
+    decode: list[float]  # seconds a decoded token, its share of the prompt of 16 included
     memory: float  # bytes
 
 
@@ -87,21 +87,21 @@ class CostModel(NamedTuple):
     shapes: list[tuple[int, int]]  # of the decomposed matrices
     forward: search.cost.LatencyModel
     decode: search.cost.LatencyModel
-    bytes_at: list[tuple[float, float]]  # rank fraction, bytes, from compiled analysis
-    is_objective: bool  # False: the measured latency does not fall with rank beyond noise
+    other_bytes: float  # of the full-rank program, beyond those matrices: compiled analysis
+    forward_falls: bool  # with rank, beyond the noise of the measurement
+    decode_falls: bool
 
     def predict(self, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Latency in ms, memory in 1e9 bytes, minus tokens a second: all to be minimised."""
         rank = rank.astype(np.float64)
-        rank_used = rank if self.is_objective else np.ones_like(rank)
 
-        def time_of(model, tokens):
-            work = search.cost.counts(self.shapes, rank_used, tokens)
+        def time_of(model, falls, tokens):
+            work = search.cost.counts(self.shapes, rank if falls else np.ones_like(rank), tokens)
             return np.maximum(search.cost.predict(model, work), 1e-9)
 
-        ranks, sizes = zip(*sorted(self.bytes_at), strict=True)
-        memory = np.interp(rank, ranks, sizes) / 1e9
-        return 1e3 * time_of(self.forward, LENGTH), memory, -1 / time_of(self.decode, 1)
+        latency = 1e3 * time_of(self.forward, self.forward_falls, LENGTH)
+        memory = search.cost.memory(self.shapes, rank, self.other_bytes) / 1e9
+        return latency, memory, -1 / time_of(self.decode, self.decode_falls, 1)
 
 
 def calibrate(model: Model, factors: Any, ranks: Sequence[float]) -> dict[str, Any]:
@@ -128,6 +128,7 @@ def cost_model(factors: Any, measured: dict[str, Any]) -> CostModel:
         shapes,
         fit("forward", LENGTH),
         fit("decode", 1),
-        [(r, t["memory"]) for r, t in zip(ranks, timings, strict=True)],
+        full["memory"] - float(search.cost.memory(shapes, 1.0, 0.0)),
         search.cost.exceeds_noise(full["forward"], lowest["forward"]),
+        search.cost.exceeds_noise(full["decode"], lowest["decode"]),
     )

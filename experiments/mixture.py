@@ -37,7 +37,7 @@ class Settings:
     search_items: int = 32
     """validation items a domain and evaluation"""
     evaluations: int = 1
-    """averaged in each fitness, on items of their own: the guide's remedy for noise"""
+    """averaged in each fitness, each on `search_items` of its own: a remedy for noise"""
     per_layer: bool = False
     """one alpha for each layer instead of one for the model"""
     alpha_upper: float = 2.0
@@ -49,6 +49,19 @@ class Settings:
     calibration_ranks: tuple[float, ...] = (1.0, 0.6, 0.45, 0.3, 0.15)
     """rank fractions at which the cost model is fitted to measured runs"""
 
+    def __post_init__(self):
+        counts = ("population", "generations", "search_items", "evaluations")
+        wrong = [f"`{n}` must be at least 1" for n in counts if getattr(self, n) < 1]
+        if not 0 < self.lowest_rank <= 1:
+            wrong.append(f"`lowest_rank` must lie in (0, 1], got {self.lowest_rank}")
+        ranks = self.calibration_ranks
+        if len(set(ranks)) < 2 or max(ranks) != 1 or min(ranks) <= 0:
+            wrong.append(f"`calibration_ranks` must be 1 and others above 0, got {ranks}")
+        if not self.alpha_upper > 0:
+            wrong.append(f"`alpha_upper` must be positive, got {self.alpha_upper}")
+        if wrong:
+            raise ValueError(", ".join(wrong) + ".")
+
 
 DEFAULTS = Settings()
 
@@ -59,6 +72,7 @@ class Found(NamedTuple):
     genomes: Genome
     fitness: np.ndarray  # (P, 4): error, latency_ms, memory_gb, -throughput_tps
     kl: np.ndarray  # (P,) nats
+    violation: np.ndarray  # (P,), 0 where the guide's limits hold
     hypervolume: list[float]  # of each generation
 
 
@@ -179,7 +193,7 @@ def find(
     method = find_nsga2 if settings.search == "nsga2" else find_cem
     last, volumes = method(run, evaluate, rows, experts, settings, seed)
     genomes = jax.tree.map(np.asarray, last.genomes)
-    return Found(genomes, last.fitness, last.kl, volumes)
+    return Found(genomes, last.fitness, last.kl, last.violation, volumes)
 
 
 def find_nsga2(run: runs.Run, evaluate, rows: int, experts: int, settings: Settings, seed: int):
@@ -238,7 +252,7 @@ def find_cem(run: runs.Run, evaluate, rows: int, experts: int, settings: Setting
         seen = evaluate({**population, "rank": ranks})
         error = seen.fitness[:, 0] + seen.violation
         state, _ = method.tell(tell_key, population, error, state, params)
-        best = {"adas/best_accuracy": float(1 - seen.fitness[:, 0].min())}
+        best = {"adas/best_accuracy": float(1 - seen.fitness[np.argmin(error), 0])}
         return state, {"adas/generation": number + 1, **best}
 
     _, state = generations(run, f"seed{seed}-cem", settings, seed, state, one)

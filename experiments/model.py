@@ -33,7 +33,8 @@ class Model(NamedTuple):
     adapted: svf.Transformed
     tokenizer: Tokenizer
     bos: int | None
-    eos: int
+    eos: int  # ends an answer
+    stops: tuple[int, ...]  # end generation: `eos` and the checkpoint's others
     image_token: str | None  # None: images are shown as text
 
 
@@ -77,12 +78,25 @@ def load(path: Path, select: str, cache: Path | None = None) -> tuple[Model, Wei
         decoder,
         svf.transform(decoder),
         tokenizer,
-        # a Llama of the nano kind begins every text with it, SmolLM2 begins none
-        tokenizer.token_to_id("<bos>"),
+        first_token(checkpoint),
         eos if isinstance(eos, int) else eos[0],
+        (eos,) if isinstance(eos, int) else tuple(eos),
         image_token,
     )
     return model, {"factors": factors, "projector": projector}
+
+
+def first_token(checkpoint: Checkpoint) -> int | None:
+    """The token with which every text begins, if the checkpoint wants one.
+
+    It does where its tokenizer puts it there, and where the vocabulary has "<bos>", as nano's,
+    whose tokenizer adds nothing by itself. SmolLM2 names one and begins no text with it.
+    """
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    added = tokenizer.encode("", add_special_tokens=True).ids[:1]
+    bos = checkpoint.config.get("bos_token_id")
+    return bos if added == [bos] else tokenizer.token_to_id("<bos>")
 
 
 def images(weights: Weights, batch: Batch):

@@ -48,6 +48,8 @@ class Args:
     """matrices that get a z"""
     stop_token: bool = True
     """an answer must end with the end-of-text token"""
+    free_tokens: int = 128
+    """that a response may have where its answer is read out of free text (--source hub)"""
     train_items: int = 800
     validation_items: int = 96
     test_items: int = 300
@@ -103,16 +105,28 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def check_counts(args: Args) -> None:
+    """Raise a ValueError for numbers of items that do not go together."""
+    needs = {
+        "train_items": args.training.prompts,
+        "validation_items": args.mixing.search_items * args.mixing.evaluations,
+        "test_items": 2,  # an interval needs two
+    }
+    wrong = [f"`{n}` must be at least {k}" for n, k in needs.items() if getattr(args, n) < k]
+    if wrong:
+        raise ValueError(", ".join(wrong) + ".")
+
+
 def load(args: Args) -> Problem:
     """The checkpoint and the tasks that the arguments name."""
-    own = model.NANO if args.base == "nano" else model.smollm2()
+    check_counts(args)
     counts: dict[Split, int] = {
         "train": args.train_items,
         "validation": args.validation_items,
         "test": args.test_items,
     }
     return set_up(
-        args.checkpoint or own,
+        args.checkpoint or (model.NANO if args.base == "nano" else model.smollm2()),
         select=args.select,
         domains=args.domains,
         unplanted=args.unplanted,
@@ -120,6 +134,7 @@ def load(args: Args) -> Problem:
         data=args.data,
         stop_token=args.stop_token,
         counts=counts,
+        free_tokens=args.free_tokens,
         chunk=args.chunk,
     )
 
@@ -140,9 +155,16 @@ def run_seed(
     fitness = mixture.make_fitness(problem, z, costs, args.mixing, index)
     rows = max(index.values()) + 1
     found = mixture.find(run, fitness, rows, len(names), args.mixing, seed)
-    chosen = results.choose(found, problem, z, index, args.twin_loss)
-    correct, kl = results.table(problem, z, chosen.alpha, index)
-    directory = artifacts.write(run, problem, z, chosen, index, float(kl[-1]), seed)
+    chosen = results.choose(
+        found,
+        problem,
+        z,
+        index,
+        lowest_rank=args.mixing.lowest_rank,
+        twin_loss=args.twin_loss,
+    )
+    correct, kl = results.table(problem, z, chosen, index)
+    directory = artifacts.write(run, problem, z, chosen, index, kl, seed)
     final = runs.read_json(directory / "phase7.json")["metrics"]
     mixed = dict(zip(names, chosen.alpha.mean(axis=0).tolist(), strict=True))
     row: dict[str, Any] = {"step": 0, "seed": seed}
@@ -156,7 +178,7 @@ def run_seed(
 def run_seeds(run: runs.Run, args: Args, problem: Problem, seeds: list[int]) -> dict[str, Any]:
     """Run every seed; the summary without its timings. The first seed's files end on top."""
     tx = optim.mugrok(args.training.optimizer())
-    step = experts.make_step(problem.model, SVF, tx, args.training, problem.answer_length)
+    step = experts.make_step(problem.model, SVF, tx, args.training, problem.new_tokens)
     others = ceilings.make_ceilings(problem, args.training) if args.ceilings else {}
     correct, directories, reached = [], [], []
     for seed in seeds:
@@ -181,9 +203,10 @@ def main(args: Args) -> None:
     if not (args.resume or args.replace):
         runs.refuse_existing(args.out)
     problem = load(args)
+    base = {"base_sha256": problem.model.checkpoint.sha256}
     with runs.opened(
         args.out,
-        args,
+        {**runs.plain(args), **base},
         resume=args.resume,
         replace=args.replace,
         wandb=args.wandb,
@@ -194,9 +217,10 @@ def main(args: Args) -> None:
         spent = {"seconds": runs.seconds(run), "peak_rss_gb": runs.peak_rss_gb()}
         runs.write_json(run.path / "summary.json", {**summary, **spent})
         write_report(run.path)
+        opened_again = check(run.path)
         done = runs.finish(run)
     results.show(summary, [t.name for t in problem.tasks])
-    print(check(done))
+    print(opened_again)
     print(f"report: {done / 'report.html'}")
 
 

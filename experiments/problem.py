@@ -17,7 +17,7 @@ class Problem(NamedTuple):
     weights: models.Weights
     tasks: list[Task]  # one expert each
     unplanted: list[Task]  # scored and reported apart
-    answer_length: int
+    new_tokens: int  # that a response may have
     scorer: Any  # see scoring.make_scorer
     params_scorer: Any  # see scoring.make_params_scorer
 
@@ -32,15 +32,19 @@ def set_up(
     data: str | None,
     stop_token: bool,
     counts: dict[Split, int],
+    free_tokens: int,
     chunk: int,
 ) -> Problem:
     """Load the checkpoint and the tasks.
 
+    An answer that must be exact is as long as the longest; one that is read out of free text may
+    take `free_tokens`.
+
     Raises:
       ValueError, OSError: a file cannot be read, or a task has too few items.
     """
-    if not domains:
-        raise ValueError("`--domains` must name at least one domain.")
+    if not domains or len(set(domains)) < len(domains):
+        raise ValueError(f"`--domains` must name one or more domains, each once, got {domains}.")
     made, weights = models.load(path, select, Path(".cache/svd"))
 
     def tasks(names: Sequence[str], source: str) -> list[Task]:
@@ -56,7 +60,8 @@ def set_up(
         )
 
     planted = tasks(domains, source)
-    length = planted[0].batches["test"].answers.shape[1]
+    longest = planted[0].batches["test"].answers.shape[1]
+    length = longest if all(t.is_exact for t in planted) else max(longest, free_tokens)
     scorer = make_scorer(made, chunk=chunk, max_new_tokens=length)
     params_scorer = make_params_scorer(made, length)
     apart = tasks(unplanted, "procedural")

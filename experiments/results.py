@@ -27,17 +27,28 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    found: mixture.Found, problem: Problem, experts, index: dict[str, int], twin_loss: float
+    found: mixture.Found,
+    problem: Problem,
+    experts,
+    index: dict[str, int],
+    *,
+    lowest_rank: float,
+    twin_loss: float,
 ) -> Chosen:
     """Choose on all validation items: the best alpha at full rank, then the least rank it bears.
 
-    Candidates are the search's last population and the reference mixtures. The guide's KL limit is
-    kept where any candidate keeps it. The rank may cost `twin_loss` of accuracy.
+    Candidates are the search's last population, the reference mixtures and the base. The guide's KL
+    limit is kept where any candidate keeps it; one whose KL is not finite is never chosen. The rank
+    falls from 1 to `lowest_rank` until it costs more than `twin_loss` of accuracy.
+
+    Raises:
+      ValueError: no candidate has a finite KL.
     """
     rows, count = found.genomes["alpha"].shape[1:]
-    known = np.broadcast_to(mixture.reference_alphas(count)[:, None], (count + 2, rows, count))
+    known = np.concatenate([mixture.reference_alphas(count), np.zeros((1, count), np.float32)])
+    known = np.repeat(known[:, None], rows, axis=1)
     alphas = np.concatenate([found.genomes["alpha"], known])
-    scales, kl_limit = mixture.make_scales(index), search.Limits().kl
+    scales = mixture.make_scales(index)
 
     def scored(alpha, rank):
         population = {"alpha": jnp.asarray(alpha), "rank": jnp.asarray(rank)}
@@ -47,33 +58,56 @@ def choose(
         return accuracy, np.mean([x.kl for x in scores], axis=0)
 
     accuracy, kl = scored(alphas, np.ones(len(alphas), np.float32))
-    allowed = kl <= kl_limit if (kl <= kl_limit).any() else np.ones(len(kl), bool)
-    best = int(np.argmax(np.where(allowed, accuracy - 1e-6 * kl, -1)))
-    ranks = np.linspace(1, found.genomes["rank"].min(), len(alphas)).astype(np.float32)
+    best = best_of(accuracy, kl, search.Limits().kl)
+    ranks = np.linspace(1, lowest_rank, len(alphas)).astype(np.float32)
     cut, _ = scored(np.broadcast_to(alphas[best], alphas.shape), ranks)
-    kept = ranks[cut >= accuracy[best] - twin_loss]
-    return Chosen(alphas[best], float(accuracy[best]), float(kl[best]), float(kept.min()))
+    twin = last_kept(cut, cut[0] - twin_loss)
+    return Chosen(alphas[best], float(accuracy[best]), float(kl[best]), float(ranks[twin]))
+
+
+def best_of(accuracy: np.ndarray, kl: np.ndarray, limit: float) -> int:
+    """The most accurate candidate within the KL limit, or without one if none keeps it."""
+    finite = np.isfinite(kl) & np.isfinite(accuracy)
+    if not finite.any():
+        raise ValueError("No mixture has a finite KL to the base and accuracy.")
+    within = finite & (kl <= limit)
+    allowed = within if within.any() else finite
+    return int(np.argmax(np.where(allowed, accuracy - 1e-6 * np.where(finite, kl, 0), -np.inf)))
+
+
+def last_kept(accuracy: np.ndarray, least: float) -> int:
+    """How far a falling rank can go before its accuracy is first below `least`."""
+    below = np.flatnonzero(accuracy < least)
+    return (
+        int(below[0]) - 1 if len(below) and below[0] > 0 else 0 if len(below) else len(accuracy) - 1
+    )
 
 
 def table(
-    problem: Problem, experts, alpha: np.ndarray, index: dict[str, int]
-) -> tuple[Correct, np.ndarray]:
-    """Test correctness of every row of the table, and the KL of each (rows, mean over tasks)."""
+    problem: Problem, experts, chosen: Chosen, index: dict[str, int]
+) -> tuple[Correct, dict[str, float]]:
+    """Test correctness of every row of the table, and its KL to the base, mean over the domains.
+
+    The last row is the low-rank twin.
+    """
     names = [t.name for t in problem.tasks]
     tasks = [*problem.tasks, *problem.unplanted]
     count = len(names)
     references = np.concatenate([np.zeros((1, count)), mixture.reference_alphas(count)])
-    alphas = np.repeat(references[:, None], alpha.shape[0], axis=1)
-    alphas = np.concatenate([alphas, alpha[None]]).astype(np.float32)
-    population = {"alpha": jnp.asarray(alphas), "rank": jnp.ones(len(alphas))}
+    alphas = np.repeat(references[:, None], chosen.alpha.shape[0], axis=1)
+    alphas = np.concatenate([alphas, [chosen.alpha, chosen.alpha]]).astype(np.float32)
+    ranks = jnp.ones(len(alphas)).at[-1].set(chosen.twin_rank)
+    population = {"alpha": jnp.asarray(alphas), "rank": ranks}
     s = mixture.make_scales(index)(problem.weights["factors"], experts, population)
     scores = score_all(problem, s, tasks, "test")
-    rows = ["base", *names, "uniform", "alpha_one", "best"]
+    rows = ["base", *names, "uniform", "alpha_one", "best", "twin"]
     correct = {
         row: {task.name: score.correct[i] for task, score in zip(tasks, scores, strict=True)}
         for i, row in enumerate(rows)
     }
-    return correct, np.mean([score.kl for score in scores], axis=0)
+    # tasks without planted frequencies stand apart: they move no constraint
+    kl = np.mean([score.kl for score in scores[:count]], axis=0)
+    return correct, dict(zip(rows, kl.tolist(), strict=True))
 
 
 def accuracies(correct: Correct, row: str, names: Sequence[str]) -> dict[str, float]:
@@ -96,18 +130,18 @@ def average(trees: Sequence[Any]) -> Any:
     return float(np.mean(trees))
 
 
-def gain(per_seed: Sequence[Correct], names: Sequence[str]) -> dict[str, float]:
-    """Best mixture less the best single expert, mean over domains, with a paired 95 % interval.
+def gain(
+    per_seed: Sequence[Correct], names: Sequence[str], rivals: Sequence[str]
+) -> dict[str, float]:
+    """Best mixture less its best rival, mean over domains, with a paired 95 % interval.
 
     The same test items are scored by both and in every seed: the standard error is that of the
-    per-item difference, averaged over seeds. The single expert is the best of each seed.
+    per-item difference, averaged over seeds. The rival is the best on average of each seed.
     """
     differences = []
     for correct in per_seed:
-        single = max(names, key=lambda n: np.mean(list(accuracies(correct, n, names).values())))
-        differences.append(
-            {n: correct["best"][n].astype(float) - correct[single][n] for n in names}
-        )
+        rival = max(rivals, key=lambda row: np.mean(list(accuracies(correct, row, names).values())))
+        differences.append({n: correct["best"][n].astype(float) - correct[rival][n] for n in names})
     paired = [np.mean([d[n] for d in differences], axis=0) for n in names]
     mean = float(np.mean([p.mean() for p in paired]))
     error = math.sqrt(sum(p.var(ddof=1) / len(p) for p in paired)) / len(names)
@@ -120,7 +154,8 @@ def summary(
     """summary.json without its timings; see experiments/report.py."""
     seen = [seed_summary(correct, names) for correct in per_seed]
     whole = average(seen)
-    kept = {n: whole["best"][n] / max(whole["experts"][n][n], 1e-9) for n in names}
+    own = {n: whole["experts"][n][n] for n in names}
+    kept = {n: whole["best"][n] / own[n] if own[n] else None for n in names}
     apart = {
         row: average([accuracies(correct, row, unplanted) for correct in per_seed])
         for row in per_seed[0]
@@ -130,7 +165,8 @@ def summary(
         **whole,
         "seeds": list(seeds),
         "kept": kept,
-        "gain": gain(per_seed, names),
+        "gain": gain(per_seed, names, names),
+        "gain_over_plain": gain(per_seed, names, ("uniform", "alpha_one")),
         "unplanted": apart,
         "per_seed": seen,
     }
@@ -154,7 +190,7 @@ def z_heatmap(experts, names: Sequence[str]) -> dict[str, np.ndarray]:
     }
 
 
-def factors_of_alpha(alpha: np.ndarray, index: dict[str, int], experts):
+def mixed_z(alpha: np.ndarray, index: dict[str, int], experts):
     """The mixed z of one alpha (groups, K)."""
     return svf.mix(experts, mixture.by_path(jnp.asarray(alpha), index))
 
@@ -175,10 +211,11 @@ def show(summary: dict[str, Any], names: Sequence[str]) -> None:
         spreads = [f" ± {s:.1f}" for s in seen.std(axis=0, ddof=1)] if len(seen) > 1 else ""
         lines.add_row(label, *map("".join, zip(means, spreads or [""] * len(means), strict=True)))
     Console(width=100).print(lines)
-    kept = ", ".join(f"{n} {100 * v:.0f} %" for n, v in summary["kept"].items())
+    kept = ", ".join(f"{n} {100 * v:.0f} %" for n, v in summary["kept"].items() if v)
     print(f"the mixture keeps of each expert's own accuracy: {kept}")
-    mean, low, high = (100 * summary["gain"][k] for k in ("mean", "low", "high"))
-    print(f"over the best single expert: {mean:+.1f} points (95 %: {low:+.1f} to {high:+.1f})")
+    for key, rival in (("gain", "best single expert"), ("gain_over_plain", "better of 1/K and 1")):
+        mean, low, high = (100 * summary[key][k] for k in ("mean", "low", "high"))
+        print(f"over the {rival}: {mean:+.1f} points (95 %: {low:+.1f} to {high:+.1f})")
     for name, one in summary.get("ceilings", {}).items():
         scores = "  ".join(f"{n} {100 * a:.1f}" for n, a in one["accuracy"].items())
         print(f"own domain, {name} ({one['bytes'] / 1e3:,.0f} kB an expert): {scores}")

@@ -48,6 +48,7 @@ __all__ = [
     "once",
     "opened",
     "peak_rss_gb",
+    "plain",
     "progress",
     "read_json",
     "refuse_existing",
@@ -114,8 +115,7 @@ def opened(
         run.sinks = make_sinks(run, wandb, wandb_mode, tensorboard)
         yield run
     finally:
-        for _, close in run.sinks:
-            close()
+        close_views(run)
         run.lock.close()
 
 
@@ -286,6 +286,7 @@ def once(run: Run, name: str, function: Callable[[], Any]) -> Any:
 
 def finish(run: Run) -> Path:
     """Put a run that replaces another in its place; return where the run now lies."""
+    close_views(run)
     if run.path != run.final:
         sync_tree(run.path)
         if run.final.exists():
@@ -295,6 +296,13 @@ def finish(run: Run) -> Path:
         shutil.rmtree(older(run.final), ignore_errors=True)
         run.path = run.final
     return run.path
+
+
+def close_views(run: Run) -> None:
+    """Close the views, which may hold files open below `run.path`."""
+    for _, close in run.sinks:
+        close()
+    run.sinks = ()
 
 
 def older(final: Path) -> Path:

@@ -92,7 +92,7 @@ def make_rollout(
             batch.mask,
             key,
             max_new_tokens=max_new_tokens,
-            stop_tokens=(model.eos,),
+            stop_tokens=model.stops,
             temperature=temperature,
             top_p=top_p,
             samples=samples,
@@ -102,8 +102,20 @@ def make_rollout(
     return rollout
 
 
+def exact_rewards(responses, batch: Batch) -> np.ndarray:
+    """+1 where a response has the answer's tokens, the stop token among them, else -1.
+
+    The same predicate as `make_score`'s. `responses` are a multiple of the batch's rows, and may be
+    longer than an answer that has no stop token.
+    """
+    samples = len(responses) // len(batch.answers)
+    wanted, mask = (np.repeat(x, samples, axis=0) for x in (batch.answers, batch.answer_mask))
+    equal = np.asarray(responses)[:, : wanted.shape[1]] == wanted
+    return np.where((equal | ~mask).all(axis=1), 1.0, -1.0).astype(np.float32)
+
+
 def rewards(model: Model, task: Task, responses, mask, answers: Sequence[str]) -> np.ndarray:
-    """The task's reward of every response; `answers` repeat as often as there are samples."""
+    """The task's reward of every response's text; `answers` repeat for all samples."""
     samples = len(responses) // len(answers)
     written = texts(model, np.asarray(responses), np.asarray(mask))
     wanted = [answer for answer in answers for _ in range(samples)]
@@ -157,7 +169,7 @@ def make_params_scorer(model: Model, max_new_tokens: int):
             batch.mask,
             jax.random.key(0),
             max_new_tokens=max_new_tokens,
-            stop_tokens=(model.eos,),
+            stop_tokens=model.stops,
             temperature=0.0,
             images=images({"projector": projector}, batch),
         )

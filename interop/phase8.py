@@ -51,7 +51,7 @@ def write_phase8(
     *,
     adapted_params: Params,
     measure: Measure,
-    succeeded: Callable[[dict[str, float]], bool],
+    succeeded: Callable[[dict[str, float], Path], bool],
     alpha_by_path: Mapping[str, Any] | None = None,
     low_rank_params: Params | None = None,
     rank_fraction: float = 1.0,
@@ -69,7 +69,7 @@ def write_phase8(
             low-rank file, see `load_low_rank`); returns the four `METRICS` of that file:
             milliseconds, a fraction, 10^9 bytes, tokens per second. Tokenizer and projector
             lie beside the file, so `load_phase6` opens it.
-        succeeded: whether such metrics keep the constraints.
+        succeeded: whether such metrics of the file at that path keep the constraints.
         alpha_by_path: path -> (K,), if the mixture differs from weight to weight; `alpha` is then
             its summary for the guide's JSON.
         low_rank_params: a tree of `svf.truncate` for the low-rank twin.
@@ -98,7 +98,7 @@ def write_phase8(
             _write_z(staged / f"z_vectors_{domain}", z, {**metadata, "expert": domain})
         metrics = _measured(measure, staged / f"{MODEL}.pt")
         report = {
-            "success": bool(succeeded(metrics)),
+            "success": bool(succeeded(metrics, staged / f"{MODEL}.pt")),
             "experts": {domain: f"z_vectors_{domain}.pt" for domain in experts},
             "best_mixture": mixture,
             "adapted_model": f"{MODEL}.pt",
@@ -231,7 +231,7 @@ def _write_low_rank(
     config: dict[str, Any],
     metadata: dict[str, Any],
     measure: Measure,
-    succeeded: Callable[[dict[str, float]], bool],
+    succeeded: Callable[[dict[str, float], Path], bool],
 ) -> None:
     """The low-rank twin with its own entry, measured on its own file."""
     path = directory / f"{MODEL}_lowrank.safetensors"
@@ -239,7 +239,7 @@ def _write_low_rank(
     formats.write_json(directory / f"{MODEL}_lowrank.json", _side_car(config, metadata))
     metrics = _measured(measure, path)
     report = {
-        "success": bool(succeeded(metrics)),
+        "success": bool(succeeded(metrics, path)),
         "best_mixture": metadata["best_mixture"],
         "rank_fraction": metadata["rank_fraction"],
         "adapted_model": path.name,

@@ -10,13 +10,11 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from experiments import ceilings, phase7
-from experiments.experts import Settings, goes_on, init_state, is_due, keep_best, make_step
-from experiments.experts import validate as validate_z
+from experiments.experts import Settings, fitted, init_state, make_step, validate
 from experiments.files import write_json
 from experiments.forms import SVF
 from experiments.problem import Problem
@@ -39,17 +37,15 @@ class Args:
 def z_accuracy(problem: Problem, settings: Settings, seed: int) -> dict[str, float]:
     """Best validation accuracy of every SVF expert on its own domain."""
     tx = optim.mugrok(settings.optimizer())
-    step = make_step(problem.model, SVF, tx, settings, problem.answer_length)
-    count = len(problem.tasks)
-    state = init_state(SVF, problem.weights, tx, count, jax.random.key(seed))
-    number = 0
-    while goes_on(number, state, settings):
-        state, _ = step(problem.weights, state, problem.tasks, seed, number)
-        number += 1
-        if is_due(number, settings):
-            tasks = problem.tasks
-            found = validate_z(problem.scorer, problem.weights, state.delta, tasks)
-            state = keep_best(state, jnp.asarray(found))
+    step = make_step(problem.model, SVF, tx, settings, problem.new_tokens)
+    tasks, weights = problem.tasks, problem.weights
+    state = init_state(SVF, weights, tx, len(tasks), jax.random.key(seed))
+    state = fitted(
+        lambda state, number: step(weights, state, tasks, seed, number),
+        lambda delta: validate(problem.scorer, weights, delta, tasks),
+        settings,
+        state,
+    )
     best = np.asarray(state.best_accuracy).tolist()
     return dict(zip((t.name for t in problem.tasks), best, strict=True))
 

@@ -167,7 +167,7 @@ def local_copy(domain: str, directory: str) -> tuple[str, str | None]:
     return str(folder if folder.is_dir() else path), None
 
 
-def take(items: Iterator[Item], split: Split, count: int) -> list[Item]:
+def take(items: Iterator[Item], split: Split, count: int, name: str = "the source") -> list[Item]:
     """The first `count` distinct items of a split.
 
     Raises:
@@ -175,5 +175,5 @@ def take(items: Iterator[Item], split: Split, count: int) -> list[Item]:
     """
     taken = list(itertools.islice(distinct(items, split), count))
     if len(taken) < count:
-        raise ValueError(f"The source has {len(taken)} {split} items, {count} were asked for.")
+        raise ValueError(f"Of {name} there are {len(taken)} {split} items, {count} were asked for.")
     return taken

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from experiments.data.batches import Batch, encode
 from experiments.data.sources import hub, procedural, take
-from experiments.data.splits import SHARES, Split
+from experiments.data.splits import SHARES, Split, distinct
 from forge_jax.domains import Item, code, exact, math, reasoning, vision
 
 Reward = Callable[[str, str], float]
@@ -37,11 +37,23 @@ class Task(NamedTuple):
 def load_items(
     name: str, source: str, directory: str | None, image_token: str | None, counts: dict[Split, int]
 ) -> dict[Split, list[Item]]:
-    """The first items of every split: from the embedded generators, or the guide's real sets."""
+    """The first items of every split: from the embedded generators, or the guide's real sets.
+
+    A real set is finite: of it a split has as many items as there are, up to its count.
+
+    Raises:
+      ValueError: an embedded source has fewer, or a split of a real set has none.
+    """
     if source == "hub":
         rows = list(hub(name, directory, image_token))
-        return {split: take(iter(rows), split, counts[split]) for split in SHARES}
-    return {split: take(procedural(name, 0, image_token), split, counts[split]) for split in SHARES}
+        found = {split: list(distinct(rows, split))[: counts[split]] for split in SHARES}
+        if empty := [split for split in SHARES if not found[split]]:
+            raise ValueError(f"The set of {name} has no items for {', '.join(empty)}.")
+        return found
+    return {
+        split: take(procedural(name, 0, image_token), split, counts[split], name)
+        for split in SHARES
+    }
 
 
 def load_tasks(

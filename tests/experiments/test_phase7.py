@@ -11,13 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import artifacts, experts, mixture, phase7
 from experiments import run as runs
+from experiments.forms import SVF
 from experiments.model import NANO
+from experiments.problem import score_all
+from forge_jax import optim, svf
 from interop import load_phase6, load_phase8
 
 DATA: dict[str, Any] = {"train_items": 16, "validation_items": 8, "test_items": 8}
@@ -116,6 +120,12 @@ def writing_the_second_seed(partial):
     return (partial / ".seed1.staged").is_dir()
 
 
+def rows_of(out):
+    """The record without what was measured of the files: timings differ from run to run."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("final/")} for row in rows]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [training, searching_the_second_seed, writing_the_second_seed])
 def test_resumes_to_the_same_bits_after_kill(checkpoint, unbroken, tmp_path, moment):
@@ -138,15 +148,17 @@ def test_resumes_to_the_same_bits_after_kill(checkpoint, unbroken, tmp_path, mom
     finished(checkpoint, out, *TWO_SEEDS, "--resume")
     assert not partial.exists()
     for folder in (".", "seed1"):
-        for name in ("svf_adapted_model.safetensors", "z_vectors_math.safetensors"):
+        experts = [f"z_vectors_{d}.safetensors" for d in ("math", "code", "reasoning", "vision")]
+        for name in ("svf_adapted_model.safetensors", *experts):
             ours, theirs = (o / folder / name for o in (out, unbroken[0]))
             assert ours.read_bytes() == theirs.read_bytes()
         ours, theirs = (runs.read_json(o / folder / "phase7.json") for o in (out, unbroken[0]))
         assert ours["best_mixture"] == theirs["best_mixture"]
     for name in ("search.npz", "search_seed1.npz"):
         ours, theirs = (np.load(o / name) for o in (out, unbroken[0]))
-        for array in ("alpha", "rank", "front", "accuracy"):
+        for array in ("alpha", "rank", "front", "accuracy", "hypervolume"):
             np.testing.assert_array_equal(ours[array], theirs[array])
+    assert rows_of(out) == rows_of(unbroken[0])
     seen = [runs.read_json(o / "summary.json") for o in (out, unbroken[0])]
     for summary in seen:
         del summary["seconds"], summary["peak_rss_gb"]
@@ -165,6 +177,8 @@ def test_a_killed_lift_is_called_again(tmp_path):
             path.write_text(json.dumps({"metadata": {"seed": 3}}))
         left = top / "seed3"
         left.mkdir(exist_ok=True)
+        if "phase7.json" in {p.name for p in top.iterdir()}:  # all moved: there is nothing to do
+            assert artifacts.is_lifted(run, 3)
         artifacts.lift(run, left)
         assert sorted(p.relative_to(top).as_posix() for p in top.rglob("*.*")) == sorted(final)
         assert not left.exists()
@@ -232,6 +246,39 @@ def test_plain_rewards_unit_alpha_and_ceilings(checkpoint, tmp_path):
     assert summary["ceilings"]["SVF"]["bytes"] == 4 * sum(v.size for v in z.values())
     assert set(summary["ceilings"]["SVF"]["accuracy"]) == {"vision"}
     assert "LoRA" in (args.out / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_hub_set_trains_on_free_text(checkpoint, tmp_path, monkeypatch):
+    """gsm8k from a local copy smaller than the counts: a response is read, not compared."""
+    import datasets
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"What is {i}?", "answer": f"It is.\n#### {i}"} for i in range(80)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "gsm8k" / "train.jsonl").write_text(text)
+    settings = experts.Settings(**TRAINING)
+    given = {"checkpoint": checkpoint, "source": "hub", "data": str(tmp_path), "free_tokens": 12}
+    args = phase7.Args(domains=("math",), unplanted=(), training=settings, **given)
+    problem = phase7.load(args)
+    assert problem.new_tokens == 12
+    counts = [len(items) for items in problem.tasks[0].items.values()]
+    assert sum(counts) == 80
+    tx = optim.mugrok(settings.optimizer())
+    step = experts.make_step(problem.model, SVF, tx, settings, problem.new_tokens)
+    state = experts.init_state(SVF, problem.weights, tx, 1, jax.random.key(0))
+    after, metrics = step(problem.weights, state, problem.tasks, 0, 0)
+    assert -1 <= metrics["reward"][0] <= 1
+    assert all(np.isfinite(d).all() for d in jax.tree.leaves(after.delta))
+    score = score_all(problem, base_scales(problem), problem.tasks, "test")[0]
+    assert score.correct.shape == (1, counts[2])
+
+
+def base_scales(problem):
+    return {k: leaf.s[None] for k, leaf in svf.named_factors(problem.weights["factors"])}
 
 
 def refused(args, capsys, lines: int | None = 1) -> str:
@@ -345,6 +392,18 @@ def test_seeds_must_be_numbers(checkpoint, tmp_path, capsys):
 
 def test_seeds_must_differ(checkpoint, tmp_path, capsys):
     assert "differ" in refused(args_for(tmp_path, checkpoint=checkpoint, seeds="1,1"), capsys)
+
+
+def test_a_domain_comes_once(checkpoint, tmp_path, capsys):
+    args = args_for(tmp_path, checkpoint=checkpoint, domains=("math", "math"))
+    assert "once" in refused(args, capsys)
+
+
+def test_counts_that_do_not_go_together_are_refused(checkpoint, tmp_path, capsys):
+    args = args_for(tmp_path, checkpoint=checkpoint, train_items=2, validation_items=1)
+    said = refused(args, capsys)
+    assert "train_items" in said
+    assert "validation_items" in said
 
 
 def test_an_unknown_task_names_those_there_are(checkpoint, tmp_path, capsys):

@@ -69,7 +69,7 @@ def base(tmp_path_factory, make_llama, tokenizer):
         [0.5, 1.0],
         adapted_params=params,
         measure=lambda path: METRICS,
-        succeeded=lambda metrics: True,
+        succeeded=lambda metrics, path: True,
     )
     return work
 

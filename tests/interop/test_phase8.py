@@ -54,7 +54,7 @@ def job(checkpoint):
         "low_rank_params": svf.truncate(factors, z, 0.25),
         "rank_fraction": 0.25,
         "measure": lambda path: METRICS,
-        "succeeded": lambda metrics: metrics["latency_ms"] < 100,
+        "succeeded": lambda metrics, path: metrics["latency_ms"] < 100,
         "extra_metadata": {"seed": 0},
     }
 
