@@ -306,28 +306,43 @@ def alarm(*_):
     raise TimeoutError("over 10 s")
 
 
+class Ending:
+    """How a block ended: it loaded, refused in a sentence, or did what no reader may do.
+
+    It lets nothing through, a panic of Rust included: whatever else a reader raises is the finding.
+    """
+
+    ended, wrong = "", ""
+
+    def __enter__(self):
+        signal.alarm(SECONDS)
+        return self
+
+    def __exit__(self, kind, error, _):
+        signal.alarm(0)
+        text = str(error)
+        is_sentence = bool(text.strip()) and len(text) < 20_000
+        if error is None:
+            self.ended = "loaded"
+        elif isinstance(error, ValueError | OSError) and not isinstance(error, TimeoutError):
+            self.ended = "refused"
+            self.wrong = "" if is_sentence else f"a message of {len(text)} characters"
+        else:
+            self.wrong = f"{kind.__name__}: {text[:300]}"
+        return True
+
+
 def attempt(index):
     """Read one mutant: how it ended, and what is wrong with that."""
     label, read, path = mutate(index)
-    started, ended, wrong = time.monotonic(), "", ""
-    signal.alarm(SECONDS)
-    try:
+    started = time.monotonic()
+    with Ending() as ending:
         read(path)
-        ended = "loaded"
-    except (ValueError, OSError) as error:
-        ended = "refused"
-        if isinstance(error, TimeoutError) or not str(error).strip() or len(str(error)) > 20_000:
-            wrong = f"{label}: {type(error).__name__} {str(error)[:200]!r}"
-    except BaseException as error:  # noqa: BLE001 - whatever else a reader raises is the finding
-        wrong = f"{label}: {type(error).__name__}: {str(error)[:300]}"
-    finally:
-        signal.alarm(0)
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if peak > BYTES and not wrong:
-        wrong = f"{label}: a peak of {peak / 2**30:.1f} GiB"
+    wrong = ending.wrong or (f"a peak of {peak / 2**30:.1f} GiB" if peak > BYTES else "")
     shutil.rmtree(path if path.is_dir() else path.parent)
-    return ended, wrong, seconds, peak, label
+    return ending.ended, f"{label}: {wrong}" if wrong else "", seconds, peak, label
 
 
 def start():
