@@ -121,9 +121,8 @@ def pareto(
     latency_ms: Float[np.ndarray, " n"],
     memory_gb: Float[np.ndarray, " n"],
     front: Bool[np.ndarray, " n"],
-    chosen: int | None,
 ) -> str:
-    """Draw accuracy against latency, memory as colour, the front's outline, the choice ringed.
+    """Draw accuracy against latency, memory as colour, the front's outline.
 
     Where latency is no objective, all candidates have the same: the two change places.
     """
@@ -141,10 +140,6 @@ def pareto(
         axes.plot(x, reached, color="#aab2bf", linewidth=1, zorder=1, drawstyle="steps-post")
         dots = axes.scatter(x, y, c=c, s=46, cmap="viridis", edgecolor="white", zorder=3)
         dots.set_label("Pareto front")
-        if chosen is not None:
-            ring = {"s": 190, "facecolors": "none", "edgecolors": COLOURS[1], "linewidths": 1.8}
-            at = axes.scatter(cost[chosen], 100 * accuracy[chosen], zorder=4, **ring)
-            at.set_label("chosen")
         axes.set(xlabel=across, ylabel="validation accuracy, %")
         figure.colorbar(dots, ax=axes, label=shade, pad=0.01).outline.set_visible(False)
         figure.legend(loc="outside upper center", ncols=3)

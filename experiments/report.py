@@ -14,8 +14,8 @@ It is made from what lies in the run directory; a section whose file is missing 
                     best single expert; ceilings: name -> {accuracy: domain -> accuracy, bytes};
                     unplanted: row -> task -> accuracy
     phase7.json     best_mixture, experts (their order), success, metrics
-    search.npz      accuracy, latency_ms, memory_gb (n,); optional front (n,) bool, chosen (an
-                    index) and hypervolume (generations,) or (seeds, generations)
+    search.npz      accuracy, latency_ms, memory_gb (n,); optional front (n,) bool and
+                    hypervolume (generations,) or (seeds, generations)
     z_heatmap.npz   names (matrices,), values (experts, matrices): rms(z - 1); optional: experts
 """
 
@@ -183,15 +183,18 @@ def cards(summary: Mapping[str, Any], phase7: Mapping[str, Any]) -> str:
     if gain:
         interval = f"95 %: {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
         items.append((f"points over the best expert ({interval})", f"{100 * gain['mean']:+.1f}"))
-    metrics = phase7.get("metrics", {})
+    metrics, seeds = phase7.get("metrics", {}), summary.get("seeds", [])
+    of = f", seed {seeds[0]}" if len(seeds) > 1 else ""
     if metrics.get("latency_ms") is not None:
-        items.append(("latency", f"{metrics['latency_ms']:.3g} <small>ms</small>"))
+        items.append((f"latency{of}", f"{metrics['latency_ms']:.3g} <small>ms</small>"))
     if metrics.get("vram_gb") is not None:
-        items.append(("memory", size_words(1e9 * metrics["vram_gb"])))
+        items.append((f"memory{of}", size_words(1e9 * metrics["vram_gb"])))
     if metrics.get("throughput_tps") is not None:
-        items.append(("throughput", f"{metrics['throughput_tps']:,.0f} <small>tokens/s</small>"))
+        items.append(
+            (f"throughput{of}", f"{metrics['throughput_tps']:,.0f} <small>tokens/s</small>")
+        )
     if "success" in phase7:
-        items.append(("constraints", "hold" if phase7["success"] else "do not all hold"))
+        items.append((f"constraints{of}", "hold" if phase7["success"] else "do not all hold"))
     if summary.get("seconds") is not None:
         items.append(("time", f"{summary['seconds'] / 60:.1f} <small>min</small>"))
     if summary.get("peak_rss_gb") is not None:
@@ -282,8 +285,7 @@ def search(path: Path, record: Sequence[Mapping[str, Any]], phase7: Mapping[str,
     if set(objectives) <= found.keys():
         accuracy, latency, memory = (found[n].astype(float) for n in objectives)
         front = found.get("front", np.ones(len(accuracy), bool)).astype(bool)
-        chosen = int(found["chosen"]) if "chosen" in found else None
-        svg = figures.pareto(accuracy, latency, memory, front, chosen)
+        svg = figures.pareto(accuracy, latency, memory, front)
         content += picture(svg, "Pareto front")
     pair = ""
     curve = generations(record, found.get("hypervolume"))
@@ -293,7 +295,8 @@ def search(path: Path, record: Sequence[Mapping[str, Any]], phase7: Mapping[str,
     if weights:
         pair += picture(figures.mixture(weights), "mixture weights")
     content += f"<div class=pair>{pair}</div>" if pair else ""
-    return section("Search for the mixture", content)
+    note = "The front is the first seed's; memory and latency from the calibrated cost model."
+    return section("Search for the mixture", content, note if content else "")
 
 
 def generations(record: Sequence[Mapping[str, Any]], stored: np.ndarray | None) -> dict[int, list]:

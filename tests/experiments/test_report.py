@@ -103,14 +103,12 @@ def make_run(path, seeds=(0, 1, 2), layers=4):
     front = np.array(
         [not np.any((accuracy > a) & (latency < b)) for a, b in zip(accuracy, latency, strict=True)]
     )
-    chosen = int(np.argmax(accuracy))
     np.savez(
         path / "search.npz",
         accuracy=accuracy,
         latency_ms=latency,
         memory_gb=0.004 + latency / 1e4,
         front=front,
-        chosen=chosen,
     )
     matrices = [f"layers_{i}/{kind}/kernel" for i in range(layers) for kind in KINDS]
     values = rng.gamma(2, 0.03, (4, len(matrices)))
