@@ -124,7 +124,8 @@ def with_hyperparams(
         return build(dataclasses.replace(config, muon_lr=muon_lr, fallback_lr=fallback_lr))
 
     rates = {"muon_lr": config.muon_lr, "fallback_lr": config.fallback_lr}
-    return optax.inject_hyperparams(tx)(**rates)
+    # By default optax rounds them to the dtype of the parameters.
+    return optax.inject_hyperparams(tx, hyperparam_dtype=jnp.dtype("float32"))(**rates)
 
 
 def _labels(fallback: Select | None, params: Any) -> Any:
