@@ -59,9 +59,14 @@ class Settings:
     patience: int = 3
     """training stops when no expert has improved for so many validations"""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise a ValueError that lists every setting out of its range."""
         counts = ("steps", "prompts", "samples", "validate_every", "patience")
         wrong = [f"`{n}` must be at least 1" for n in counts if getattr(self, n) < 1]
+        rates = ("learning_rate", "grokfast_lambda", "kl_coefficient")
+        wrong += [f"`{n}` must be at least 0" for n in rates if not getattr(self, n) >= 0]
+        if not self.temperature > 0 or not 0 < self.top_p <= 1:
+            wrong.append("`temperature` must be positive and `top_p` in (0, 1]")
         if self.baseline == "leave_one_out" and self.samples < 2 and not self.supervised:
             wrong.append("`samples` must be at least 2 for the leave-one-out baseline")
         if wrong:

@@ -49,7 +49,8 @@ class Settings:
     calibration_ranks: tuple[float, ...] = (1.0, 0.6, 0.45, 0.3, 0.15)
     """rank fractions at which the cost model is fitted to measured runs"""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise a ValueError that lists every setting out of its range."""
         counts = ("population", "generations", "search_items", "evaluations")
         wrong = [f"`{n}` must be at least 1" for n in counts if getattr(self, n) < 1]
         if not 0 < self.lowest_rank <= 1:

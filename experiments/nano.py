@@ -25,7 +25,7 @@ import numpy as np
 import optax
 import tyro
 from jaxtyping import Float, Int
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 from experiments.data.batches import pad, patches_of, prompt_rows
@@ -110,6 +110,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # what a colleague's AutoTokenizer does by itself; our own encoding puts it there explicitly
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
     return tokenizer
 
 

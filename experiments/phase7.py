@@ -64,6 +64,7 @@ class Args:
     """train full fine-tuning and LoRA on as many samples too"""
 
     resume: bool = False
+    """go on with a killed run in `out`; with --replace if it was started so"""
     replace: bool = False
     """take the place of an earlier run in `out` once this one is whole"""
     wandb: str | None = None
@@ -105,12 +106,16 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def check_counts(args: Args) -> None:
-    """Raise a ValueError for numbers of items that do not go together."""
+def check_settings(args: Args) -> None:
+    """Raise a ValueError for settings out of their range, or that do not go together."""
+    args.training.check()
+    args.mixing.check()
     needs = {
         "train_items": args.training.prompts,
         "validation_items": args.mixing.search_items * args.mixing.evaluations,
         "test_items": 2,  # an interval needs two
+        "chunk": 1,
+        "free_tokens": 1,
     }
     wrong = [f"`{n}` must be at least {k}" for n, k in needs.items() if getattr(args, n) < k]
     if wrong:
@@ -119,7 +124,6 @@ def check_counts(args: Args) -> None:
 
 def load(args: Args) -> Problem:
     """The checkpoint and the tasks that the arguments name."""
-    check_counts(args)
     counts: dict[Split, int] = {
         "train": args.train_items,
         "validation": args.validation_items,
@@ -200,6 +204,7 @@ def run_seeds(run: runs.Run, args: Args, problem: Problem, seeds: list[int]) -> 
 def main(args: Args) -> None:
     """Run every seed, then write summary and report."""
     seeds = parse_seeds(args.seeds)
+    check_settings(args)
     if not (args.resume or args.replace):
         runs.refuse_existing(args.out)
     problem = load(args)

@@ -1,4 +1,4 @@
-"""Open a run's artifacts in PyTorch, without JAX, and compare what they compute.
+"""Open a run's artifacts in PyTorch and transformers; compare their logits with JAX's.
 
 python -m experiments.reopen runs/demo
 """

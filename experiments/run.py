@@ -123,7 +123,8 @@ def refuse_existing(out: Path) -> None:
     """Raise FileExistsError if `out` holds anything: before long work that would end so."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise FileExistsError(
-            f"{out} already exists: choose another directory, or go on with --resume."
+            f"{out} already exists: choose another directory, go on with --resume, or take its "
+            "place with --replace."
         )
 
 
@@ -152,7 +153,9 @@ def create(path: Path, final: Path, settings: dict[str, Any], replace: bool) -> 
 def check_resumable(path: Path, settings: dict[str, Any]) -> None:
     """Raise unless `path` holds a run that was started with these settings."""
     if not (path / CONFIG).is_file():
-        raise FileNotFoundError(f"There is no run to resume in {path}: it has no {CONFIG}.")
+        partial = path.with_name(path.name + ".partial")
+        hint = f" An unfinished replacement is in {partial}: add --replace." * partial.exists()
+        raise FileNotFoundError(f"There is no run to resume in {path}: it has no {CONFIG}.{hint}")
     old = read_json(path / CONFIG)
     if old == settings:
         return

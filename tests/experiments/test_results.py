@@ -114,6 +114,7 @@ def test_memory_falls_only_where_a_matrix_runs_factored():
     [
         (Settings, {"validate_every": 0}, "validate_every"),
         (Settings, {"samples": 1}, "samples"),
+        (Settings, {"learning_rate": -1.0}, "learning_rate"),
         (Mixing, {"lowest_rank": 0.0}, "lowest_rank"),
         (Mixing, {"calibration_ranks": (1.0,)}, "calibration_ranks"),
         (Mixing, {"alpha_upper": -1.0}, "alpha_upper"),
@@ -121,7 +122,7 @@ def test_memory_falls_only_where_a_matrix_runs_factored():
 )
 def test_settings_out_of_range_are_refused(settings, wrong, named):
     with pytest.raises(ValueError, match=named):
-        settings(**wrong)
+        settings(**wrong).check()
 
 
 def test_limits_are_the_guides():
