@@ -56,7 +56,7 @@ def test_an_item_comes_once():
 
 def test_take_refuses_a_source_that_has_too_few():
     assert len(sources.take(sources.digits("<image>"), "test", 300)) == 300
-    with pytest.raises(ValueError, match=r"has 3\d\d test items, 1797 were asked for"):
+    with pytest.raises(ValueError, match=r"are 3\d\d test items, 1797 were asked for"):
         sources.take(sources.digits("<image>"), "test", 1797)
 
 
