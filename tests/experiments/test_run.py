@@ -313,8 +313,8 @@ def test_peak_memory_grows_with_an_array():
     """In a process of its own: a peak is the whole process's, other tests included."""
     code = (
         "import numpy as np; from experiments.run import peak_rss_gb as peak; a = peak(); "
-        "x = np.ones(40_000_000); print(a, peak())"
+        "x = np.ones(100_000_000); print(a, peak())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     before, after = map(float, done.stdout.split())
-    assert 0.05 < before < before + 0.25 < after < 64  # the array has 0.32 GB
+    assert 0.05 < before < before + 0.4 < after < 64  # the array has 0.8 GB
