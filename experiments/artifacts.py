@@ -41,6 +41,7 @@ def write(
     chosen: results.Chosen,
     index: dict[str, int],
     kl: dict[str, float],
+    limits: search.Limits,
     seed: int,
 ) -> Path:
     """Write one seed's Phase 8 directory unless it is there already; where it lies.
@@ -58,7 +59,7 @@ def write(
 
     def succeeded(metrics: dict[str, float], path: Path) -> bool:
         own = kl["twin" if path.suffix == ".safetensors" else "best"]
-        missed = search.violations({**metrics, "kl": own}, search.Limits())
+        missed = search.violations({**metrics, "kl": own}, limits)
         return all(float(v) == 0 for v in missed.values())
 
     per_layer = len(chosen.alpha) > 1

@@ -46,6 +46,9 @@ class Settings:
     """alpha sums to 1, another remedy"""
     lowest_rank: float = 0.2
     """rank fraction below which no matrix is cut"""
+    kl_limit: float = 1.0
+    """nats per answer token that a mixture may be from the base; an answer of one token that the
+    base gives with probability p is log(1/p) away by itself"""
     calibration_ranks: tuple[float, ...] = (1.0, 0.6, 0.45, 0.3, 0.15)
     """rank fractions at which the cost model is fitted to measured runs"""
 
@@ -58,6 +61,8 @@ class Settings:
         ranks = self.calibration_ranks
         if len(set(ranks)) < 2 or max(ranks) != 1 or min(ranks) <= 0:
             wrong.append(f"`calibration_ranks` must be 1 and others above 0, got {ranks}")
+        if not self.kl_limit > 0:
+            wrong.append(f"`kl_limit` must be positive, got {self.kl_limit}")
         if not self.alpha_upper > 0:
             wrong.append(f"`alpha_upper` must be positive, got {self.alpha_upper}")
         if wrong:
@@ -65,6 +70,11 @@ class Settings:
 
 
 DEFAULTS = Settings()
+
+
+def limits(settings: Settings) -> search.Limits:
+    """The guide's limits with the settings' own for the KL."""
+    return search.Limits(kl=settings.kl_limit)
 
 
 class Found(NamedTuple):
@@ -189,7 +199,7 @@ def find(
         if settings.normalize_alpha:
             population = {**population, "alpha": normalized(population["alpha"])}
         scored, kl = fitness(population)
-        return Evaluated(population, scored, kl, violation(scored, kl, search.Limits()))
+        return Evaluated(population, scored, kl, violation(scored, kl, limits(settings)))
 
     method = find_nsga2 if settings.search == "nsga2" else find_cem
     last, volumes = method(run, evaluate, rows, experts, settings, seed)

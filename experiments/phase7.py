@@ -89,7 +89,11 @@ PRESETS = {
                 steps=16, prompts=12, samples=16, learning_rate=5e-3, validate_every=4, patience=2
             ),
             mixing=mixture.Settings(
-                population=6, generations=3, search_items=10, calibration_ranks=(1.0, 0.2)
+                population=6,
+                generations=3,
+                search_items=10,
+                kl_limit=3.0,
+                calibration_ranks=(1.0, 0.2),
             ),
         ),
     ),
@@ -164,11 +168,14 @@ def run_seed(
         problem,
         z,
         index,
+        kl_limit=args.mixing.kl_limit,
         lowest_rank=args.mixing.lowest_rank,
         twin_loss=args.twin_loss,
     )
     correct, kl = results.table(problem, z, chosen, index)
-    directory = artifacts.write(run, problem, z, chosen, index, kl, seed)
+    directory = artifacts.write(
+        run, problem, z, chosen, index, kl, mixture.limits(args.mixing), seed
+    )
     final = runs.read_json(directory / "phase7.json")["metrics"]
     mixed = dict(zip(names, chosen.alpha.mean(axis=0).tolist(), strict=True))
     row: dict[str, Any] = {"step": 0, "seed": seed}

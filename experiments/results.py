@@ -11,7 +11,7 @@ from rich.table import Table
 
 from experiments import mixture
 from experiments.problem import Problem, score_all
-from forge_jax import search, svf
+from forge_jax import svf
 
 Correct = dict[str, dict[str, np.ndarray]]
 """row of the table -> task -> (N,) bool, one entry a test item"""
@@ -32,14 +32,15 @@ def choose(
     experts,
     index: dict[str, int],
     *,
+    kl_limit: float,
     lowest_rank: float,
     twin_loss: float,
 ) -> Chosen:
     """Choose on all validation items: the best alpha at full rank, then the least rank it bears.
 
-    Candidates are the search's last population, the reference mixtures and the base. The guide's KL
-    limit is kept where any candidate keeps it; one whose KL is not finite is never chosen. The rank
-    falls from 1 to `lowest_rank` until it costs more than `twin_loss` of accuracy.
+    Candidates are the search's last population, the reference mixtures and the base. The KL limit
+    is kept where any candidate but the base keeps it; one whose KL is not finite is never chosen.
+    The rank falls from 1 to `lowest_rank` until it costs more than `twin_loss` of accuracy.
 
     Raises:
       ValueError: no candidate has a finite KL.
@@ -58,7 +59,7 @@ def choose(
         return accuracy, np.mean([x.kl for x in scores], axis=0)
 
     accuracy, kl = scored(alphas, np.ones(len(alphas), np.float32))
-    best = best_of(accuracy, kl, search.Limits().kl)
+    best = best_of(accuracy, kl, kl_limit)
     ranks = np.linspace(1, lowest_rank, len(alphas)).astype(np.float32)
     cut, _ = scored(np.broadcast_to(alphas[best], alphas.shape), ranks)
     twin = last_kept(cut, cut[0] - twin_loss)
@@ -66,12 +67,15 @@ def choose(
 
 
 def best_of(accuracy: np.ndarray, kl: np.ndarray, limit: float) -> int:
-    """The most accurate candidate within the KL limit, or without one if none keeps it."""
+    """The most accurate candidate within the KL limit, or without one if none keeps it.
+
+    The last candidate is the base, which keeps any limit: it does not count for the others.
+    """
     finite = np.isfinite(kl) & np.isfinite(accuracy)
     if not finite.any():
         raise ValueError("No mixture has a finite KL to the base and accuracy.")
     within = finite & (kl <= limit)
-    allowed = within if within.any() else finite
+    allowed = within if within[:-1].any() else finite
     return int(np.argmax(np.where(allowed, accuracy - 1e-6 * np.where(finite, kl, 0), -np.inf)))
 
 

@@ -72,6 +72,9 @@ def test_the_best_keeps_the_limit_and_is_never_without_a_number():
     assert results.best_of(accuracy, np.array([0.5, 0.2, 2.0, np.nan]), 1.0) == 0
     assert results.best_of(accuracy, np.array([5.0, 2.0, 2.0, np.nan]), 1.0) == 2
     assert results.best_of(np.array([0.9, 0.9]), np.array([0.5, 0.2]), 1.0) == 1
+    # the base, last, keeps every limit: it wins by accuracy alone
+    assert results.best_of(np.array([0.9, 0.8, 0.3]), np.array([1.5, 2.0, 0.0]), 1.0) == 0
+    assert results.best_of(np.array([0.2, 0.1, 0.3]), np.array([1.5, 2.0, 0.0]), 1.0) == 2
     with pytest.raises(ValueError, match="finite"):
         results.best_of(accuracy, np.full(4, np.nan), 1.0)
 
