@@ -46,16 +46,23 @@ class Settings:
     samples: int = 8
     """responses to each prompt"""
     temperature: float = 1.0
+    """of the sampled responses; 1 samples from the model itself"""
     top_p: float = 1.0
+    """total probability of the tokens that are sampled from; 1 keeps all"""
     learning_rate: float = 1e-2
     """of z; preset 7's `fallback_lr` is 2e-3, for runs of hundreds of steps"""
+    decay: bool = False
+    """let the learning rate fall linearly, to nothing after the last of `steps`"""
     grokfast_lambda: float = 0.05
+    """weight of the gradient's moving average"""
     kl_coefficient: float = 0.2
+    """weight of KL(expert || base) in the loss"""
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
     """none: the guide's plain rewards"""
     supervised: bool = False
     """fit the answers by cross-entropy (plus the KL term) instead of sampling"""
     validate_every: int = 10
+    """steps from one validation to the next"""
     patience: int = 3
     """training stops when no expert has improved for so many validations"""
 
@@ -78,9 +85,10 @@ class Settings:
 
     def optimizer(self) -> optim.MuGrokConfig:
         """Preset 7 with these rates."""
+        falling = optax.linear_schedule(self.learning_rate, 0.0, self.steps)
         return optim.MuGrokConfig.from_phase(
             7,
-            fallback_lr=self.learning_rate,
+            fallback_lr=falling if self.decay else self.learning_rate,
             grokfast_lambda=self.grokfast_lambda,
             kl_coefficient=self.kl_coefficient,
         )
@@ -224,17 +232,21 @@ def make_step(
 
 
 def keep_best(state: State, accuracy) -> State:
-    """Keep each expert's delta where its validation accuracy is the best so far."""
+    """Keep each expert's delta where its validation accuracy is the best so far.
+
+    Of equals the last: where few items are soon all right, training still goes on. Only a better
+    one counts as progress.
+    """
     accuracy = jnp.asarray(accuracy)
-    better = accuracy > state.best_accuracy
+    kept = accuracy >= state.best_accuracy
 
     def chosen(new, old):
-        return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        return jnp.where(kept.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     return state._replace(
         best=jax.tree.map(chosen, state.delta, state.best),
         best_accuracy=jnp.maximum(accuracy, state.best_accuracy),
-        stale=jnp.where(better, 0, state.stale + 1),
+        stale=jnp.where(accuracy > state.best_accuracy, 0, state.stale + 1),
     )
 
 
@@ -273,7 +285,7 @@ def fit(
 ) -> Iterator[Trained]:
     """Train from step `number` until the steps are used up or no expert improves any more.
 
-    The start is validated too: an expert that never beats the base stays the base.
+    The start is validated too: an expert that stays below the base is the base.
     """
     if number == 0:
         state = keep_best(state, validate(state.delta))

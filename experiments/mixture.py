@@ -32,8 +32,11 @@ class Settings:
     """How the mixture is searched."""
 
     search: Literal["nsga2", "cem"] = "nsga2"
+    """NSGA-II looks for a front of four objectives, CEM for the most accurate mixture"""
     population: int = 24
+    """mixtures in a generation"""
     generations: int = 20
+    """of the search at most: it stops where the hypervolume stands still"""
     search_items: int = 32
     """validation items a domain and evaluation"""
     evaluations: int = 1

@@ -38,6 +38,7 @@ class Args:
     seeds: str = "0"
     """random seeds, as 0,1,2"""
     domains: tuple[str, ...] = DOMAINS
+    """one expert each: math, code, reasoning, vision, bits, sums, largest"""
     source: Literal["procedural", "hub"] = "procedural"
     """procedural: the embedded tasks; hub: gsm8k, mbpp, ai2_arc, textvqa"""
     data: str | None = None
@@ -51,8 +52,11 @@ class Args:
     free_tokens: int = 128
     """that a response may have where its answer is read out of free text (--source hub)"""
     train_items: int = 800
+    """questions of each domain"""
     validation_items: int = 96
+    """those that the best step and the best mixture are chosen by"""
     test_items: int = 300
+    """those that the final numbers are of"""
 
     training: experts.Settings = experts.DEFAULTS
     mixing: mixture.Settings = mixture.DEFAULTS
@@ -70,7 +74,9 @@ class Args:
     wandb: str | None = None
     """Weights & Biases project; off unless given"""
     wandb_mode: Literal["online", "offline"] | None = None
+    """as W&B's own setting unless given"""
     tensorboard: bool = False
+    """write event files into the run directory too"""
 
 
 PRESETS = {
@@ -86,7 +92,12 @@ PRESETS = {
             validation_items=10,
             test_items=18,
             training=experts.Settings(
-                steps=16, prompts=12, samples=16, learning_rate=5e-3, validate_every=4, patience=2
+                steps=20,
+                prompts=12,
+                samples=16,
+                learning_rate=5e-3,
+                decay=True,
+                validate_every=10,
             ),
             mixing=mixture.Settings(
                 population=6,
@@ -237,4 +248,8 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.extras.overridable_config_cli(PRESETS, config=(tyro.conf.OmitArgPrefixes,)))
+    main(
+        tyro.extras.overridable_config_cli(
+            PRESETS, config=(tyro.conf.OmitArgPrefixes,), prog="python -m experiments.phase7"
+        )
+    )

@@ -327,7 +327,14 @@ def seconds(run: Run) -> float:
 
 
 def peak_rss_gb() -> float:
-    """Return the largest resident size of this process so far, in GB (1e9 bytes)."""
+    """Return the largest resident size of this process so far, in GB (1e9 bytes).
+
+    Linux hands `ru_maxrss` on from the parent through fork and exec, so its own record is read.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 

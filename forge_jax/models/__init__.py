@@ -7,5 +7,9 @@ from forge_jax.models.decoder import Decoder as Decoder
 from forge_jax.models.generate import Generated as Generated
 from forge_jax.models.generate import generate as generate
 from forge_jax.models.generate import response_logits as response_logits
+from forge_jax.models.score import ExactMatch as ExactMatch
+from forge_jax.models.score import LogLikelihood as LogLikelihood
+from forge_jax.models.score import Questions as Questions
+from forge_jax.models.score import Respond as Respond
 from forge_jax.models.spec import DecoderSpec as DecoderSpec
 from forge_jax.models.spec import RopeScaling as RopeScaling

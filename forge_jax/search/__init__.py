@@ -9,3 +9,5 @@ from forge_jax.search.pareto import converged as converged
 from forge_jax.search.pareto import crowding_distance as crowding_distance
 from forge_jax.search.pareto import hypervolume as hypervolume
 from forge_jax.search.pareto import non_dominated_rank as non_dominated_rank
+from forge_jax.search.population import cheaper_form as cheaper_form
+from forge_jax.search.population import evaluate_population as evaluate_population

@@ -132,6 +132,7 @@ def test_smollm2_writes_what_transformers_writes_and_z_one_is_the_base(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert agree(theirs, batch, ours) >= 0.9 * ours.size
     assert checkpoint.tokenizer is not None
-    model = Model(checkpoint, decoder, svf.transform(decoder), checkpoint.tokenizer, None, 2, None)
+    adapted = svf.transform(decoder)
+    model = Model(checkpoint, decoder, adapted, checkpoint.tokenizer, None, 2, (2,), None)
     factors, _ = svf.decompose(checkpoint.params, few)
     assert z_one_error(model, factors, batch.tokens[:2]) <= 5e-5

@@ -299,8 +299,8 @@ def test_gpt2_names_do_not_fall_on_each_other():
 
 def test_degenerate_data_is_drawn():
     one = np.ones(1)
-    ElementTree.fromstring(figures.pareto(one, one, one, np.array([True]), 0))
-    ElementTree.fromstring(figures.pareto(one, one, one, np.array([False]), None))
+    ElementTree.fromstring(figures.pareto(one, one, one, np.array([True])))
+    ElementTree.fromstring(figures.pareto(one, one, one, np.array([False])))
     ElementTree.fromstring(figures.heat_map(["math"], ["kernel"], np.zeros((1, 1))))
     ElementTree.fromstring(figures.hypervolume({0: [(0, 0.0)]}))
 

@@ -1,14 +1,16 @@
 """Scoring by one pass equals greedy decoding; token rewards equal the score."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from experiments import forms, scoring
+from experiments import experts, forms, scoring
 from experiments.data.tasks import load_tasks
 from experiments.experts import State, draw, keep_best
 from experiments.model import NANO, load, policy
-from forge_jax import svf
+from forge_jax import optim, svf
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +105,27 @@ def test_dense_forms_start_at_the_base_and_train_what_they_say(problem, form):
 
 
 def test_the_best_is_kept_for_each_expert_alone():
-    delta = {"a": np.array([[1.0], [2.0]])}
-    state = State(delta, (), {"a": np.zeros((2, 1))}, np.array([0.5, 0.5]), np.array([1, 1]))
-    got = keep_best(state, np.array([0.6, 0.5]))
-    np.testing.assert_array_equal(got.best["a"], [[1.0], [0.0]])
-    np.testing.assert_allclose(got.best_accuracy, [0.6, 0.5])
-    np.testing.assert_array_equal(got.stale, [0, 2])
+    """Better, equal, worse: of equals the last is kept, but it is no progress."""
+    delta, stale = {"a": np.array([[1.0], [2.0], [3.0]])}, np.array([1, 1, 1])
+    state = State(delta, (), {"a": np.zeros((3, 1))}, np.array([0.5, 0.5, 0.5]), stale)
+    got = keep_best(state, np.array([0.6, 0.5, 0.4]))
+    np.testing.assert_array_equal(got.best["a"], [[1.0], [2.0], [0.0]])
+    np.testing.assert_allclose(got.best_accuracy, [0.6, 0.5, 0.5])
+    np.testing.assert_array_equal(got.stale, [0, 2, 2])
+
+
+def test_the_learning_rate_falls_to_nothing():
+    """Adam's first step is the learning rate times the gradient's sign; weight decay is of 0."""
+    settings = experts.Settings(steps=4, learning_rate=0.5, decay=True)
+    z = {"z": np.zeros(3, np.float32)}
+
+    def sizes(settings):
+        tx = optim.mugrok(settings.optimizer())
+        state = tx.init(z)
+        for _ in range(settings.steps + 1):
+            change, state = tx.update({"z": np.ones(3, np.float32)}, state, z)
+            yield float(-change["z"][0])
+
+    np.testing.assert_allclose(list(sizes(settings)), [0.5, 0.375, 0.25, 0.125, 0], atol=1e-5)
+    steady = dataclasses.replace(settings, decay=False)
+    np.testing.assert_allclose(list(sizes(steady)), [0.5] * 5, atol=1e-5)

@@ -1,0 +1,73 @@
+"""What a model makes of questions with known answers, as hashable `score(apply, batch)` objects.
+
+They are the `score` of `search.evaluate_population` and run with any `apply` of a decoder.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from forge_jax.models.generate import Apply, Generated, generate, response_logits
+from forge_jax.models.spec import DecoderSpec
+
+
+class Questions(NamedTuple):
+    """Left-padded prompts and right-padded answers."""
+
+    tokens: Int[Array, "batch time"]
+    mask: Bool[Array, "batch time"]
+    answers: Int[Array, "batch answer_time"]
+    answer_mask: Bool[Array, "batch answer_time"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLikelihood:
+    """Log probability of each answer given its prompt, summed over its tokens, nats."""
+
+    spec: DecoderSpec
+
+    def __call__(self, apply: Apply, batch: Questions) -> Float[Array, " batch"]:
+        prompts, answers = (batch.tokens, batch.mask), (batch.answers, batch.answer_mask)
+        logits = response_logits(apply, self.spec, *prompts, *answers)
+        chosen = jnp.take_along_axis(logits, batch.answers[..., None], axis=-1)[..., 0]
+        logp = chosen - jax.nn.logsumexp(logits, axis=-1)
+        return jnp.where(batch.answer_mask, logp, 0).sum(axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Respond:
+    """The greedy continuation of each prompt, for a reward that reads it on the host."""
+
+    spec: DecoderSpec
+    max_new_tokens: int
+    stop_tokens: tuple[int, ...] = ()
+
+    def __call__(self, apply: Apply, batch: Any) -> Generated:
+        return generate(
+            apply,
+            self.spec,
+            batch.tokens,
+            batch.mask,
+            jax.random.key(0),  # greedy decoding draws nothing
+            max_new_tokens=self.max_new_tokens,
+            stop_tokens=self.stop_tokens,
+            temperature=0.0,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactMatch:
+    """Whether the greedy continuation is the answer, token by token up to the answer's end.
+
+    To ask for the stop token too, let the answers end with it.
+    """
+
+    spec: DecoderSpec
+    stop_tokens: tuple[int, ...] = ()
+
+    def __call__(self, apply: Apply, batch: Questions) -> Bool[Array, " batch"]:
+        written = Respond(self.spec, batch.answers.shape[1], self.stop_tokens)(apply, batch)
+        return ((written.tokens == batch.answers) | ~batch.answer_mask).all(axis=-1)

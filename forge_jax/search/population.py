@@ -1,0 +1,222 @@
+"""A population of mixtures, run on one batch in one compiled program.
+
+No candidate's U diag(s z) Vt is ever built. Two exact forms take its place:
+
+    factored     y = ((x U) * s(alpha)) Vt: all candidates share U and Vt, `chunk` of them are one
+                 product. Cheaper for short sequences, and in decoding.
+    mixed-dense  W(alpha) = W + sum_k alpha_k D_k with D_k computed once, one candidate after
+                 another. Cheaper where a sequence is longer than the matrices are wide.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from forge_jax import svf
+
+Form = Literal["factored", "dense"]
+Score = Callable[[Callable[..., Any], Any], PyTree]
+"""`score(apply, batch)`: what one candidate, as `apply(tokens, ...)`, makes of the batch"""
+Experts = Mapping[str, Float[Array, "experts r"]]
+Alphas = Float[Array, "candidates experts"] | Mapping[str, Float[Array, "candidates experts"]]
+
+FLOPS_PER_BYTE = 10.0
+"""that a machine computes while it moves a byte: about 10 on CPUs, 20 to 150 on a GPU"""
+CHUNK = 10
+"""candidates in one product unless a memory limit says otherwise"""
+
+
+def evaluate_population(
+    adapted: svf.Transformed,
+    factors: PyTree[Any],
+    experts: Experts,
+    alpha: Alphas,
+    score: Score,
+    batch: Any,
+    *,
+    rank_fraction: Float[Array, " candidates"] | None = None,
+    form: Literal["auto", "factored", "dense"] = "auto",
+    tokens: int | None = None,
+    chunk: int | None = None,
+    memory_limit: int | None = None,
+) -> PyTree:
+    """Score P mixtures z = 1 + sum_k alpha_k (z_k - 1) of K experts on one batch.
+
+    One program is compiled for each `score`, form, chunk and set of shapes, and kept; so `score`
+    should be a function of a module, or a hashable object such as `models.LogLikelihood` and
+    `models.ExactMatch`. Any other reward is read on the host from the tokens that
+    `models.Respond` returns.
+
+    Args:
+        adapted: the model, from `svf.transform`.
+        factors: its parameters, from `svf.decompose`.
+        experts: for each path the z of all experts, (K, r).
+        alpha: one row of K coefficients per candidate, or such rows for every path.
+        score: `score(apply, batch)` gives a pytree of arrays; `apply(*args, **kwargs)` is the
+            module's with one candidate's parameters.
+        batch: a pytree of arrays, an argument of the program.
+        rank_fraction: per candidate, singular components from ceil(fraction * r) on are left out.
+            Factored form only.
+        form: `auto` takes what `cheaper_form` says.
+        tokens: rows that a candidate sends through its matrices in one step (rows x length when a
+            text is scored, rows when it is decoded). None: the integers in `batch`.
+        chunk: candidates that run at once in the factored form.
+        memory_limit: bytes that the deltas of the experts, and the temporaries of the candidates
+            that run at once, may take. The temporaries are those that the compiler reports for
+            one candidate, which costs a compilation of its own.
+
+    Returns:
+        What `score` returns, every leaf with a leading axis of P.
+
+    Raises:
+        ValueError: `alpha`, `rank_fraction` or `experts` do not fit, or a candidate alone takes
+            more than the limit.
+    """
+    if form not in ("auto", "factored", "dense"):
+        raise ValueError(f"`form` must be auto, factored or dense, got {form!r}.")
+    alphas, count = _by_path(factors, experts, alpha)
+    rank = _ranks(rank_fraction, count)
+    if rank is not None and form == "dense":
+        raise ValueError("`rank_fraction` needs the factored form: a cut matrix is no mixture.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
+    if form == "auto":
+        sizes = _integers(batch) if tokens is None else tokens
+        fits = memory_limit is None or delta_bytes(factors, experts) <= memory_limit
+        form = cheaper_form(factors, experts, sizes) if fits and rank is None else "factored"
+    arrays = (factors, experts, alphas, rank, batch)
+    if memory_limit is not None:
+        allowed = _allowed(adapted, score, form, memory_limit, arrays)
+        chunk = min(allowed, chunk or count)
+    groups = math.ceil(count / min(chunk or CHUNK, count))
+    # groups of equal size: what is left over would be compiled once more
+    return _run(adapted, score, form, math.ceil(count / groups), *arrays)
+
+
+def cheaper_form(
+    factors: PyTree[Any],
+    experts: Experts,
+    tokens: int,
+    *,
+    flops_per_byte: float = FLOPS_PER_BYTE,
+) -> Form:
+    """The form whose counted cost for one candidate is lower.
+
+    For a matrix (m, n) of rank r and t tokens: factored 2 t r (m + n) flops; mixed-dense 2 t m n,
+    and to mix W from K deltas 2 K m n flops and (K + 2) m n numbers moved, a byte counted as
+    `flops_per_byte` flops. What all candidates of a chunk read once (U, Vt) is not counted.
+    """
+    factored = dense = 0.0
+    for name, leaf in svf.named_factors(factors):
+        m, n, r = leaf.u.shape[-2], leaf.vt.shape[-1], leaf.s.shape[-1]
+        k, layers = len(experts[name]), math.prod(leaf.s.shape[:-1])
+        factored += layers * 2.0 * tokens * r * (m + n)
+        mixing = 2.0 * k * m * n + flops_per_byte * 4.0 * (k + 2) * m * n
+        dense += layers * (2.0 * tokens * m * n + mixing)
+    return "factored" if factored <= dense else "dense"
+
+
+def delta_bytes(factors: PyTree[Any], experts: Experts) -> int:
+    """What the mixed-dense form keeps: K deltas, the base and one candidate's matrices."""
+    return sum(
+        4 * (len(experts[name]) + 2) * math.prod(leaf.u.shape[:-1]) * leaf.vt.shape[-1]
+        for name, leaf in svf.named_factors(factors)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("adapted", "score", "form", "chunk"))
+def _run(adapted, score: Score, form: Form, chunk: int, factors, experts, alphas, rank, batch):
+    """All candidates, `chunk` at a time in the factored form."""
+    if form == "factored":
+
+        def one(candidate):
+            alpha, rank = candidate
+            s = _cut(svf.scales(factors, svf.mix(experts, alpha)), rank)
+            return score(functools.partial(adapted.apply, {"params": factors}, scales=s), batch)
+
+        return jax.lax.map(one, (alphas, rank), batch_size=chunk)
+    base = svf.materialize(factors, svf.identity(factors))
+    deltas = svf.deltas(factors, experts)
+
+    def mixed(alpha):
+        params = svf.mix_weights(base, deltas, alpha)
+        return score(functools.partial(adapted.module.apply, {"params": params}), batch)
+
+    # one after another: a product batched over candidates, each with its own W, is slower on CPUs
+    return jax.lax.map(mixed, alphas)
+
+
+def _cut(s, rank):
+    """Singular values with those from ceil(rank * r) on at zero."""
+    if rank is None:
+        return s
+    kept = {name: jnp.ceil((rank - 5e-7) * v.shape[-1]) for name, v in s.items()}
+    return {
+        name: jnp.where(jnp.arange(v.shape[-1]) < jnp.maximum(kept[name], 1), v, 0)
+        for name, v in s.items()
+    }
+
+
+def _by_path(factors, experts: Experts, alpha: Alphas) -> tuple[dict[str, Array], int]:
+    """(P, K) coefficients for every path, and P."""
+    paths = [name for name, _ in svf.named_factors(factors)]
+    given = alpha if isinstance(alpha, Mapping) else dict.fromkeys(paths, alpha)
+    alphas = {name: jnp.asarray(a, jnp.float32) for name, a in given.items()}
+    shapes = {a.shape for a in alphas.values()}
+    wanted = {len(z) for z in experts.values()}
+    if len(shapes) > 1 or {shape[1:] for shape in shapes} != {(k,) for k in wanted}:
+        raise ValueError(
+            f"`alpha` must be (candidates, experts), the same everywhere, for {sorted(wanted)} "
+            f"experts, got {sorted(shapes)}."
+        )
+    return alphas, shapes.pop()[0]
+
+
+def _ranks(rank_fraction, count: int) -> Array | None:
+    """The rank fractions as an array, or None."""
+    if rank_fraction is None:
+        return None
+    rank = np.asarray(rank_fraction, np.float32)
+    if rank.shape != (count,) or not ((rank > 0) & (rank <= 1)).all():
+        raise ValueError(
+            f"`rank_fraction` must be {count} numbers in (0, 1], one per candidate, got {rank}."
+        )
+    return jnp.asarray(rank)
+
+
+def _integers(batch: Any) -> int:
+    """The number of token ids in the batch."""
+    leaves = [x for x in jax.tree.leaves(batch) if jnp.issubdtype(jnp.result_type(x), jnp.integer)]
+    return sum(np.size(x) for x in leaves)
+
+
+def _allowed(adapted, score: Score, form: Form, memory_limit: int, arrays) -> int:
+    """How many candidates at once keep the limit."""
+    factors, experts, alphas, rank, batch = arrays
+    single = (factors, experts, *jax.tree.map(lambda x: x[:1], (alphas, rank)), batch)
+    needed = _temporary_bytes(adapted, score, form, *_abstract(single))
+    if needed > memory_limit:
+        raise ValueError(
+            f"One candidate takes {needed:,} bytes of temporary memory in the {form} form, "
+            f"`memory_limit` allows {memory_limit:,}."
+        )
+    return max(1, memory_limit // max(needed, 1))
+
+
+def _abstract(arrays) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
+    """Shapes and dtypes, which can be a key."""
+    leaves, treedef = jax.tree.flatten(arrays)
+    return tuple(jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) for x in leaves), treedef
+
+
+@functools.lru_cache(maxsize=64)
+def _temporary_bytes(adapted, score: Score, form: Form, leaves, treedef) -> int:
+    """Temporaries of the program for one candidate, as the compiler counts them."""
+    compiled = _run.lower(adapted, score, form, 1, *jax.tree.unflatten(treedef, leaves)).compile()
+    return int(compiled.memory_analysis().temp_size_in_bytes)
