@@ -88,16 +88,16 @@ PRESETS = {
             domains=("sums", "largest"),
             unplanted=(),
             stop_token=False,
-            train_items=60,
-            validation_items=10,
-            test_items=18,
+            # every question there is of sums
+            train_items=77,
+            validation_items=11,
+            test_items=22,
             training=experts.Settings(
                 steps=20,
-                prompts=12,
+                prompts=16,
                 samples=16,
                 learning_rate=5e-3,
                 decay=True,
-                validate_every=10,
             ),
             mixing=mixture.Settings(
                 population=6,
