@@ -52,8 +52,12 @@ def smollm2() -> Path:
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def load(path: Path, select: str, cache: Path | None = None) -> tuple[Model, Weights]:
+def load(
+    path: Path, select: str, cache: Path | None = None, max_full: int | None = None
+) -> tuple[Model, Weights]:
     """Read a Phase 6 file, Hugging Face directory or GGUF file and decompose its matrices.
+
+    For `cache` and `max_full` see `interop.cache.cached_factors`.
 
     Raises:
       ValueError: the checkpoint has no tokenizer or no end-of-text token.
@@ -69,7 +73,7 @@ def load(path: Path, select: str, cache: Path | None = None) -> tuple[Model, Wei
     decoder = Decoder(spec)
     has_eyes = checkpoint.projector is not None and spec.image_token_id is not None
     image_token = tokenizer.id_to_token(spec.image_token_id) if has_eyes else None  # pyright: ignore
-    factors = cached_factors(checkpoint, SELECT[select], select, cache)
+    factors = cached_factors(checkpoint, SELECT[select], select, cache, max_full=max_full)
     projector = checkpoint.projector if has_eyes else None
     if projector is not None:
         projector = {k: jnp.asarray(v) for k, v in projector.items()}

@@ -47,6 +47,8 @@ class Args:
     """tasks without planted frequencies, scored and reported apart"""
     select: Literal["attention", "mlp", "both"] = "both"
     """matrices that get a z"""
+    max_full: int = 4096
+    """singular values above which a matrix gets a randomized decomposition of so many"""
     stop_token: bool = True
     """an answer must end with the end-of-text token"""
     free_tokens: int = 128
@@ -129,6 +131,7 @@ def check_settings(args: Args) -> None:
         "train_items": args.training.prompts,
         "validation_items": args.mixing.search_items * args.mixing.evaluations,
         "test_items": 2,  # an interval needs two
+        "max_full": 1,
         "chunk": 1,
         "free_tokens": 1,
     }
@@ -147,6 +150,7 @@ def load(args: Args) -> Problem:
     return set_up(
         args.checkpoint or (model.NANO if args.base == "nano" else model.smollm2()),
         select=args.select,
+        max_full=args.max_full,
         domains=args.domains,
         unplanted=args.unplanted,
         source=args.source,

@@ -26,6 +26,7 @@ def set_up(
     path: Path,
     *,
     select: str,
+    max_full: int | None,
     domains: Sequence[str],
     unplanted: Sequence[str],
     source: str,
@@ -45,7 +46,7 @@ def set_up(
     """
     if not domains or len(set(domains)) < len(domains):
         raise ValueError(f"`--domains` must name one or more domains, each once, got {domains}.")
-    made, weights = models.load(path, select, Path(".cache/svd"))
+    made, weights = models.load(path, select, Path(".cache/svd"), max_full)
 
     def tasks(names: Sequence[str], source: str) -> list[Task]:
         return load_tasks(

@@ -21,22 +21,30 @@ def cached_factors(
     select: Callable[[str, Any], bool],
     name: str,
     directory: Path | None = None,
+    *,
+    max_full: int | None = None,
 ) -> Any:
     """`svf.decompose(checkpoint.params, select)`'s factors, read from `directory` if there.
 
-    The file is named by the hash of the weights, the `name` of the selection and the version of
-    JAX, so another checkpoint, selection or SVD routine is never taken for it: singular vectors
-    are unique only up to sign, and a trained z belongs to one decomposition. Without a
+    A matrix with more than `max_full` singular values gets a randomized decomposition of so many.
+    The file is named by the hash of the weights, the `name` of the selection, `max_full` and the
+    version of JAX, so another checkpoint, selection or SVD routine is never taken for it: singular
+    vectors are unique only up to sign, and a trained z belongs to one decomposition. Without a
     `directory` nothing is kept.
     """
+
+    def decompose():
+        options = {"max_full": max_full, "key": jax.random.key(0)}
+        return svf.decompose(checkpoint.params, select, **options)[0]
+
     if directory is None:
-        return svf.decompose(checkpoint.params, select)[0]
-    content = f"{checkpoint.sha256}/{name}/{jax.__version__}".encode()
+        return decompose()
+    content = f"{checkpoint.sha256}/{name}/{max_full}/{jax.__version__}".encode()
     path = directory / f"svd-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     if path.is_file():
         stored = formats.read_safetensors(path)
         return svf.restore(checkpoint.params, select, lambda leaf: _parts(stored, leaf))
-    factors, _ = svf.decompose(checkpoint.params, select)
+    factors = decompose()
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{leaf_name}.{part}": np.asarray(getattr(leaf, part))

@@ -23,10 +23,14 @@ class Limits:
 def violations(
     metrics: Mapping[str, ArrayLike], limits: Limits | None = None
 ) -> dict[str, Float[Array, "..."]]:
-    """Return by how much each limit is missed, as a fraction of it; 0 where it holds.
+    """Return by how much each limit is missed, as a fraction of the larger of limit and value.
+
+    0 where it holds, at most 1 for values from 0 on: a limit that no candidate can keep, such as
+    the latency of a large model on a slow machine, does not drown the others in their sum, which
+    is what `NSGA2.tell` takes as `violation`. A NaN stays NaN and an infinite value gives infinity.
 
     `metrics` holds scalars or one value per candidate under the names of `Limits`, and may leave
-    some out. A NaN stays NaN. The sum of the values is what `NSGA2.tell` takes as `violation`.
+    some out.
     """
     checked = dataclasses.asdict(limits or Limits())
     unknown = sorted(set(metrics) - set(checked))
@@ -35,6 +39,10 @@ def violations(
     missed = {}
     for name, value in metrics.items():
         if checked[name] is not None:
-            excess = jnp.asarray(value) / checked[name] - 1
-            missed[name] = jnp.maximum(-excess if name in _AT_LEAST else excess, 0)
+            value, limit = jnp.asarray(value), checked[name]
+            if name in _AT_LEAST:
+                missed[name] = jnp.maximum(1 - value / limit, 0)
+            else:
+                excess = jnp.maximum(value - limit, 0)
+                missed[name] = jnp.where(jnp.isinf(excess), excess, excess / (limit + excess))
     return missed

@@ -106,7 +106,8 @@ def restore(
 ) -> PyTree[Any]:
     """Put factors computed before, `parts(path) -> (u, s, vt)`, where `decompose` would put them.
 
-    Only for plain matrices. Raises ValueError where the shapes are not those of the leaf.
+    Only for plain matrices; with fewer components than the matrix has, the rest is what they leave.
+    Raises ValueError where the shapes are not those of the leaf.
     """
 
     def put(path, leaf):
@@ -116,7 +117,11 @@ def restore(
         u, s, vt = parts(name)
         if (u.shape[0], vt.shape[1]) != leaf.shape or u.shape[1:] != s.shape:
             raise ValueError(f"{name} has shape {leaf.shape}, its factors {u.shape}, {vt.shape}.")
-        return Factors(u, s, vt, as_matrix(name, leaf, axes_of(name, leaf, None))[1])
+        matrix, layout = as_matrix(name, leaf, axes_of(name, leaf, None))
+        found = Factors(u, s, vt, layout)
+        if len(s) == min(matrix.shape):
+            return found
+        return dataclasses.replace(found, rest=matrix - product(found, s))
 
     return jax.tree_util.tree_map_with_path(put, params)
 

@@ -126,20 +126,39 @@ def test_noise_is_no_difference():
     assert not cost.exceeds_noise(rng.normal(1.0, 0.02, 15), rng.normal(0.99, 0.02, 15))
 
 
-def test_violations_are_fractions_of_the_limit():
+def test_violations_are_fractions_of_the_larger_of_limit_and_value():
     kept = {"latency_ms": 80, "vram_gb": 1.9, "throughput_tps": 60, "accuracy": 0.9, "kl": 0.5}
     assert all(float(v) == 0 for v in violations(kept).values())
     missed = {"latency_ms": 150, "vram_gb": 2.5, "throughput_tps": 25, "accuracy": 0.425, "kl": 3.0}
-    want = {"latency_ms": 0.5, "vram_gb": 0.25, "throughput_tps": 0.5, "accuracy": 0.5, "kl": 2.0}
+    want = {
+        "latency_ms": 1 / 3,
+        "vram_gb": 0.2,
+        "throughput_tps": 0.5,
+        "accuracy": 0.5,
+        "kl": 2 / 3,
+    }
     for name, value in violations(missed).items():
         assert float(value) == pytest.approx(want.pop(name))
     assert want == {}
+
+
+def test_a_hopeless_limit_does_not_drown_the_others():
+    """Far too slow both ways: the accurate one must win, as its accuracy is within the limit."""
+    found = violations({"latency_ms": jnp.array([1100.0, 620.0]), "accuracy": jnp.array([0.9, 0])})
+    accurate, useless = np.sum([np.asarray(v) for v in found.values()], axis=0)
+    assert accurate < useless
+
+
+def test_an_infinite_value_is_no_violation_like_another():
+    found = violations({"kl": jnp.array([jnp.inf, 1e30]), "accuracy": jnp.array([-jnp.inf, 0.0])})
+    assert np.isinf(found["kl"]).tolist() == [True, False]
+    assert np.isinf(found["accuracy"]).tolist() == [True, False]
 
 
 def test_violations_of_a_population_and_of_chosen_limits():
     metrics = {"latency_ms": jnp.array([50.0, 300.0, jnp.nan]), "accuracy": jnp.zeros(3)}
     found = violations(metrics, Limits(latency_ms=200.0, accuracy=None))
     assert list(found) == ["latency_ms"]
-    np.testing.assert_allclose(found["latency_ms"], [0, 0.5, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(found["latency_ms"], [0, 1 / 3, np.nan], rtol=1e-6)
     with pytest.raises(ValueError, match=r"got \['latency'\]"):
         violations({"latency": 1.0})
