@@ -14,8 +14,10 @@ from forge_jax.svf.lowrank import truncate as truncate
 from forge_jax.svf.mixing import deltas as deltas
 from forge_jax.svf.mixing import mix as mix
 from forge_jax.svf.mixing import mix_weights as mix_weights
+from forge_jax.svf.mixing import pad_experts as pad_experts
 from forge_jax.svf.randomized import randomized_svd as randomized_svd
 from forge_jax.svf.rows import apply_rows as apply_rows
+from forge_jax.svf.rows import row_scales as row_scales
 from forge_jax.svf.select import is_attention as is_attention
 from forge_jax.svf.select import is_attention_or_mlp as is_attention_or_mlp
 from forge_jax.svf.select import is_mlp as is_mlp
