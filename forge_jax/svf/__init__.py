@@ -3,6 +3,7 @@
 from forge_jax.svf.factors import Factors as Factors
 from forge_jax.svf.factors import decompose as decompose
 from forge_jax.svf.factors import identity as identity
+from forge_jax.svf.factors import is_factors as is_factors
 from forge_jax.svf.factors import materialize as materialize
 from forge_jax.svf.factors import named_factors as named_factors
 from forge_jax.svf.factors import path_name as path_name

@@ -1,0 +1,224 @@
+"""What the tests of `forge_jax.parallel` run in processes of their own.
+
+    sharded.py shapes OUT             8 forced devices: several meshes against one device
+    sharded.py host OUT PORT NUMBER   one of two processes of 4 devices, joined
+
+JAX fixes its number of devices when it starts, so it cannot be done in the process of the tests.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import checkpoints, experts
+from experiments.data.batches import Batch
+from experiments.forms import SVF
+from experiments.model import Model
+from experiments.scoring import answer_logits
+from forge_jax import models, optim, parallel, search, svf
+
+SPEC = models.DecoderSpec(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+K, PROMPTS, SAMPLES, TIME, ANSWER, CANDIDATES = 2, 4, 2, 5, 3, 7
+SETTINGS = experts.Settings(steps=2, learning_rate=0.05)
+SHAPES = {"2,2,2": (2, 2, 2), "8,1,1": (8, 1, 1), "1,8,1": (1, 8, 1), "1,1,8": (1, 1, 8)}
+
+
+def mesh_of(shape):
+    return parallel.make_mesh(dict(zip(parallel.AXES, shape, strict=True)))
+
+
+class Case:
+    """A model with K experts in training, fixed rollouts and a population of mixtures; on hosts."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        decoder = models.Decoder(SPEC)
+        nothing: Any = None
+        parts: Any = {f: nothing for f in Model._fields}
+        self.model = Model(**{**parts, "decoder": decoder, "adapted": svf.transform(decoder)})
+        params = decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        params = jax.tree.map(lambda w: 2 * w if w.ndim == 2 else w, params)
+        factors, _ = svf.decompose(params, svf.is_attention_or_mlp)
+        self.factors = jax.device_get(factors)
+        rows = K * PROMPTS
+        mask = np.arange(TIME) >= rng.integers(0, 4, (rows, 1))
+        answer_mask = np.arange(ANSWER) < rng.integers(1, 4, (rows, 1))
+        self.batch = Batch(
+            tokens=rng.integers(0, 40, (rows, TIME), dtype=np.int32),
+            mask=mask,
+            answers=rng.integers(0, 40, (rows, ANSWER), dtype=np.int32),
+            answer_mask=answer_mask,
+            patches=np.zeros((rows, 0), np.float32),
+        )
+        self.responses = models.Generated(
+            rng.integers(0, 40, (rows * SAMPLES, ANSWER), dtype=np.int32),
+            np.arange(ANSWER) < rng.integers(1, 4, (rows * SAMPLES, 1)),
+        )
+        self.advantage = rng.normal(size=(K, PROMPTS * SAMPLES)).astype(np.float32)
+        weights = {"factors": factors, "projector": None}
+        self.tx = optim.mugrok(SETTINGS.optimizer())
+        state = experts.init_state(SVF, weights, self.tx, K, jax.random.key(0))
+        moved = {
+            k: rng.normal(0, 0.3, v.shape).astype(np.float32) for k, v in state.delta.items()
+        }
+        self.state = jax.device_get(state._replace(delta=moved))
+        self.experts = {k: 1 + v for k, v in moved.items()}
+        self.alpha = rng.uniform(0, 2, (CANDIDATES, K)).astype(np.float32)
+
+    def placed(self, mesh):
+        """Everything on the mesh; None is one device."""
+        weights = {"factors": parallel.shard_params(mesh, self.factors), "projector": None}
+        stacked = parallel.fitting(mesh, parallel.CANDIDATES, K)
+        rows = (self.batch, self.responses)
+        batch, responses = parallel.shard(mesh, rows, parallel.EXPERT_ROWS)
+        return weights, parallel.shard(mesh, self.state, stacked), batch, responses
+
+    def questions(self, mesh):
+        parts = {name: getattr(self.batch, name) for name in models.Questions._fields}
+        return parallel.shard(mesh, models.Questions(**parts), parallel.ROWS)
+
+    def run(self, mesh, form: Any = "factored"):
+        """One training step, teacher-forced logits, the score and text of a population."""
+        weights, state, batch, responses = self.placed(mesh)
+        update = experts.make_update(self.model, SVF, self.tx, 0.2)
+        after, metrics = update(weights, state, batch, responses, self.advantage)
+
+        @jax.jit
+        def forced(weights, z, batch):
+            return answer_logits(self.model, weights, svf.scales(weights["factors"], z), batch)
+
+        z = jax.tree.map(lambda d: 1 + d, after.delta)
+        questions = self.questions(mesh)
+        shared = parallel.shard(mesh, self.experts, parallel.REPLICATED)
+        given = (self.model.adapted, weights["factors"], shared, self.alpha)
+        options: dict[str, Any] = {"form": form, "chunk": 2, "mesh": mesh}
+        return {
+            "delta": after.delta,
+            **metrics,
+            "logits": forced(weights, z, batch),
+            "scores": search.evaluate_population(
+                *given, models.LogLikelihood(SPEC), questions, **options
+            ),
+        }, after
+
+    def text(self, mesh):
+        """What a population writes: a decoding loop that ends by itself."""
+        weights, *_ = self.placed(mesh)
+        questions = self.questions(mesh)
+        score = models.Respond(SPEC, 3, tuple(range(8)))
+        shared = parallel.shard(mesh, self.experts, parallel.REPLICATED)
+        given = (self.model.adapted, weights["factors"], shared, self.alpha)
+        return search.evaluate_population(*given, score, questions, form="factored", mesh=mesh)
+
+
+def host(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def difference(got, wanted):
+    """The largest error of each quantity as a fraction of its largest value."""
+    got, wanted = host(got), host(wanted)
+
+    def one(got, wanted):
+        leaves = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
+        return max(float(np.abs(g - w).max() / np.abs(w).max()) for g, w in leaves)
+
+    return {name: one(got[name], wanted[name]) for name in wanted}
+
+
+def held(tree):
+    """Which fraction of its leaves' bytes one device holds."""
+    leaves = jax.tree.leaves(tree)
+    own = sum(x.addressable_shards[0].data.nbytes for x in leaves)
+    return own / sum(x.nbytes for x in leaves)
+
+
+def facts(case, mesh, wanted):
+    """How a mesh compares with one device, and what its devices hold."""
+    got, after = case.run(mesh)
+    weights, state, batch, _ = case.placed(mesh)
+    kernels = [leaf.u for _, leaf in svf.named_factors(weights["factors"])]
+    kernels += [leaf.vt for _, leaf in svf.named_factors(weights["factors"])]
+    return {
+        "difference": difference(got, wanted),
+        "devices": [len(x.sharding.device_set) for x in jax.tree.leaves(got)],
+        "held": {
+            "kernels": held(kernels),
+            "rows": held(batch.tokens),
+            "delta": held(state.delta),
+            "scores": held(got["scores"]),
+            "embedding": held(weights["factors"]["embed_tokens"]["embedding"]),
+        },
+    }, after
+
+
+def restored(folder, tree, case, mesh):
+    """Save `tree` from the mesh that it lies on, restore it on another; the bits and the shards."""
+    checkpoints.save(folder, 1, tree, {})
+    weights, state, *_ = case.placed(mesh)
+    template = (weights["factors"], state)
+    found = checkpoints.restore_latest(folder, template)
+    assert found is not None
+    back = jax.tree.leaves(found[1])
+    same = [np.array_equal(a, b) for a, b in zip(back, jax.tree.leaves(tree), strict=True)]
+    where = [a.sharding == b.sharding for a, b in zip(back, jax.tree.leaves(template), strict=True)]
+    return {"bits": same, "shardings": where, "held": held(back)}
+
+
+def shapes(out):
+    """Several meshes of eight devices against one device."""
+    case = Case()
+    wanted, _ = case.run(None)
+    np.savez(out / "one.npz", **{k: np.asarray(wanted[k]) for k in ("logits", "scores", "loss")})
+    found: dict[str, Any] = {"zero": difference({"z": case.state.delta}, {"z": wanted["delta"]})}
+    for name, shape in SHAPES.items():
+        mesh = mesh_of(shape)
+        found[name], after = facts(case, mesh, wanted)
+        if name == "2,2,2":
+            tree = (case.placed(mesh)[0]["factors"], after)
+            other = restored(out / "checkpoint", tree, case, mesh_of((1, 4, 2)))
+            found["restored"] = other
+            text = host(case.text(mesh))
+            found["text"] = jax.tree.map(np.array_equal, text, host(case.text(None)))
+            found["stops"] = text.mask.sum(axis=-1).tolist()
+    mesh = mesh_of((2, 2, 2))
+    dense, one = case.run(mesh, "dense")[0]["scores"], wanted["scores"]
+    found["dense"] = difference({"scores": dense}, {"scores": one})
+    (out / "shapes.json").write_text(json.dumps(found))
+
+
+def joined(out, port, number):
+    """The same on a mesh over two processes, against what `shapes` found on one device."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", 2, number)
+    mesh = mesh_of((2, 2, 2))
+    got, _ = Case().run(mesh)
+    whole = parallel.shard(mesh, got, parallel.REPLICATED)
+    wanted = dict(np.load(out / "one.npz"))
+    found = {
+        "devices": [jax.local_device_count(), jax.device_count()],
+        "addressable": [x.is_fully_addressable for x in jax.tree.leaves(got["logits"])],
+        "difference": difference({k: whole[k] for k in wanted}, wanted),
+    }
+    (out / f"host{number}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    mode, folder, *rest = sys.argv[1:]
+    if mode == "shapes":
+        shapes(Path(folder))
+    else:
+        joined(Path(folder), *map(int, rest))
