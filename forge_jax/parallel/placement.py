@@ -33,7 +33,7 @@ def shard(mesh: Mesh | None, tree: PyTree[Any], specs: PyTree[PartitionSpec]) ->
         ValueError: axes of the mesh do not divide the dimensions that they are to split; all such
             leaves are listed.
     """
-    if mesh is None:
+    if mesh is None or not jax.tree.leaves(tree):
         return tree
     specs = jax.tree.broadcast(specs, tree, is_leaf=is_spec)
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -71,9 +71,7 @@ class Case:
         weights = {"factors": factors, "projector": None}
         self.tx = optim.mugrok(SETTINGS.optimizer())
         state = experts.init_state(SVF, weights, self.tx, K, jax.random.key(0))
-        moved = {
-            k: rng.normal(0, 0.3, v.shape).astype(np.float32) for k, v in state.delta.items()
-        }
+        moved = {k: rng.normal(0, 0.3, v.shape).astype(np.float32) for k, v in state.delta.items()}
         self.state = jax.device_get(state._replace(delta=moved))
         self.experts = {k: 1 + v for k, v in moved.items()}
         self.alpha = rng.uniform(0, 2, (CANDIDATES, K)).astype(np.float32)
