@@ -5,10 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
-
-from forge_jax.parallel.placement import CANDIDATES, REPLICATED
 
 
 def map_candidates(
@@ -21,37 +19,33 @@ def map_candidates(
 ) -> PyTree:
     """Return `function(candidate, shared)` of every candidate, `chunk` of them at once.
 
-    As `jax.lax.map`; with a mesh each group along its axis `population` maps a share of its own.
-    A plain `lax.map` would run over an axis that is split, and every device do every step. The
-    axes `data` and `model` are left to the compiler, by the shardings of `shared`. A number of
-    candidates that is no multiple of the groups is filled up and cut again. To be called under
-    `jax.jit`.
+    As `jax.lax.map`; with a mesh each group along its axis `population` has `chunk` candidates of
+    its own in each step. A plain `lax.map` would run over an axis that is split, and every device
+    do every step. How `data` and `model` are used follows from where `shared` lies. A last step
+    with fewer candidates is filled up and cut again. To be called under `jax.jit`.
 
     Args:
-        function: its arrays come as arguments; none may be captured.
+        function: of one candidate.
         candidates: every leaf has a leading axis of the candidates.
         shared: what all candidates see.
         mesh: from `make_mesh`; None is one device.
         chunk: None is one after another.
     """
 
-    def own(candidates, shared):
-        return jax.lax.map(lambda c: function(c, shared), candidates, batch_size=chunk)
+    def one(candidate):
+        return function(candidate, shared)
 
-    groups = 1 if mesh is None else mesh.shape["population"]
-    if groups == 1:
-        return own(candidates, shared)
+    if mesh is None or mesh.shape["population"] == 1:
+        return jax.lax.map(one, candidates, batch_size=chunk)
+    # not shard_map: XLA (jaxlib 0.10.2) aborts on an embedding split over an axis left to it
+    at_once = mesh.shape["population"] * (chunk or 1)
     count = jax.tree.leaves(candidates)[0].shape[0]
-    filled = jax.tree.map(
-        lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], -count % groups, axis=0)]), candidates
-    )
-    # unchecked: a decoding loop's carry starts as a constant, the same for all, and does not end so
-    mapped = jax.shard_map(
-        own,
-        mesh=mesh,
-        in_specs=(CANDIDATES, REPLICATED),
-        out_specs=CANDIDATES,
-        axis_names={"population"},
-        check_vma=False,
-    )
-    return jax.tree.map(lambda x: x[:count], mapped(filled, shared))
+    split = NamedSharding(mesh, PartitionSpec(None, "population"))
+
+    def dealt(x):
+        filled = jnp.concatenate([x, jnp.repeat(x[-1:], -count % at_once, axis=0)])
+        steps = filled.reshape(-1, at_once, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(steps, split)
+
+    out = jax.lax.map(jax.vmap(one, spmd_axis_name="population"), jax.tree.map(dealt, candidates))
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], out)

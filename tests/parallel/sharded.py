@@ -157,7 +157,6 @@ def facts(case, mesh, wanted):
             "kernels": held(kernels),
             "rows": held(batch.tokens),
             "delta": held(state.delta),
-            "scores": held(got["scores"]),
             "embedding": held(weights["factors"]["embed_tokens"]["embedding"]),
         },
     }, after
@@ -195,7 +194,29 @@ def shapes(out):
     mesh = mesh_of((2, 2, 2))
     dense, one = case.run(mesh, "dense")[0]["scores"], wanted["scores"]
     found["dense"] = difference({"scores": dense}, {"scores": one})
+    found["example"] = example()
+    found["work"] = [work(None), work(mesh_of((1, 1, 8)))]
     (out / "shapes.json").write_text(json.dumps(found))
+
+
+def example():
+    """Run the documentation's example; what its result and its factors are."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "devices.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.split("```python")[1].split("```")[0], names)
+    scores = names["scores"]
+    return [list(scores.shape), len(scores.sharding.device_set), held(names["factors"])]
+
+
+def work(mesh):
+    """Floating-point operations of one device in a step over two candidates of each group."""
+
+    @jax.jit
+    def run(x, w):
+        return parallel.map_candidates(lambda c, w: c @ w @ w, x, w, mesh=mesh, chunk=2)
+
+    x, w = jnp.ones((30, 4, 64)), jnp.ones((64, 64))
+    return run.lower(x, w).compile().cost_analysis()["flops"], float(run(x, w).sum())
 
 
 def joined(out, port, number):
