@@ -19,7 +19,6 @@ from experiments import checkpoints, experts
 from experiments.data.batches import Batch
 from experiments.forms import SVF
 from experiments.model import Model
-from experiments.scoring import answer_logits
 from forge_jax import models, optim, parallel, search, svf
 
 SPEC = models.DecoderSpec(
@@ -34,6 +33,11 @@ SPEC = models.DecoderSpec(
 K, PROMPTS, SAMPLES, TIME, ANSWER, CANDIDATES = 2, 4, 2, 5, 3, 7
 SETTINGS = experts.Settings(steps=2, learning_rate=0.05)
 SHAPES = {"2,2,2": (2, 2, 2), "8,1,1": (8, 1, 1), "1,8,1": (1, 8, 1), "1,1,8": (1, 1, 8)}
+
+
+def read(apply, batch):
+    """Teacher-forced logits; one pass, which compiles sooner than `LogLikelihood`'s two."""
+    return apply(batch.tokens, batch.mask)[0]
 
 
 def mesh_of(shape):
@@ -88,7 +92,13 @@ class Case:
         parts = {name: getattr(self.batch, name) for name in models.Questions._fields}
         return parallel.shard(mesh, models.Questions(**parts), parallel.ROWS)
 
-    def run(self, mesh, form: Any = "factored"):
+    def population(self, mesh, weights, score, form: Any = "factored"):
+        shared = parallel.shard(mesh, self.experts, parallel.REPLICATED)
+        given = (self.model.adapted, weights["factors"], shared, self.alpha, score)
+        options: dict[str, Any] = {"form": form, "chunk": 2, "mesh": mesh}
+        return search.evaluate_population(*given, self.questions(mesh), **options)
+
+    def run(self, mesh):
         """One training step, teacher-forced logits, the score and text of a population."""
         weights, state, batch, responses = self.placed(mesh)
         update = experts.make_update(self.model, SVF, self.tx, 0.2)
@@ -96,30 +106,23 @@ class Case:
 
         @jax.jit
         def forced(weights, z, batch):
-            return answer_logits(self.model, weights, svf.scales(weights["factors"], z), batch)
+            s = svf.scales(weights["factors"], z)
+            return read(svf.apply_rows(self.model.adapted, weights["factors"], s), batch)
 
         z = jax.tree.map(lambda d: 1 + d, after.delta)
-        questions = self.questions(mesh)
-        shared = parallel.shard(mesh, self.experts, parallel.REPLICATED)
-        given = (self.model.adapted, weights["factors"], shared, self.alpha)
-        options: dict[str, Any] = {"form": form, "chunk": 2, "mesh": mesh}
         return {
             "delta": after.delta,
             **metrics,
             "logits": forced(weights, z, batch),
-            "scores": search.evaluate_population(
-                *given, models.LogLikelihood(SPEC), questions, **options
-            ),
+            "scores": self.population(mesh, weights, read),
         }, after
 
-    def text(self, mesh):
-        """What a population writes: a decoding loop that ends by itself."""
+    def others(self, mesh):
+        """The mixed-dense form, and text: a decoding loop that ends by itself."""
         weights, *_ = self.placed(mesh)
-        questions = self.questions(mesh)
-        score = models.Respond(SPEC, 3, tuple(range(8)))
-        shared = parallel.shard(mesh, self.experts, parallel.REPLICATED)
-        given = (self.model.adapted, weights["factors"], shared, self.alpha)
-        return search.evaluate_population(*given, score, questions, form="factored", mesh=mesh)
+        dense = self.population(mesh, weights, read, "dense")
+        text = models.Respond(SPEC, 3, tuple(range(8)))
+        return {"dense": dense}, host(self.population(mesh, weights, text))
 
 
 def host(tree):
@@ -188,12 +191,10 @@ def shapes(out):
             tree = (case.placed(mesh)[0]["factors"], after)
             other = restored(out / "checkpoint", tree, case, mesh_of((1, 4, 2)))
             found["restored"] = other
-            text = host(case.text(mesh))
-            found["text"] = jax.tree.map(np.array_equal, text, host(case.text(None)))
+            (dense, text), (_, alone) = case.others(mesh), case.others(None)
+            found["dense"] = difference(dense, {"dense": wanted["scores"]})
+            found["text"] = jax.tree.map(np.array_equal, text, alone)
             found["stops"] = text.mask.sum(axis=-1).tolist()
-    mesh = mesh_of((2, 2, 2))
-    dense, one = case.run(mesh, "dense")[0]["scores"], wanted["scores"]
-    found["dense"] = difference({"scores": dense}, {"scores": one})
     found["example"] = example()
     found["work"] = [work(None), work(mesh_of((1, 1, 8)))]
     (out / "shapes.json").write_text(json.dumps(found))

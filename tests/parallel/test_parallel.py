@@ -80,7 +80,7 @@ def test_a_mesh_of_eight_devices_equals_one_device(found, shape):
 
 @pytest.mark.slow
 def test_both_forms_and_text_are_those_of_one_device(found):
-    assert found["dense"]["scores"] < 1e-5
+    assert found["dense"]["dense"] < 1e-5
     assert found["text"] == [True, True]
     assert len({length for row in found["stops"] for length in row}) > 1  # rows stop on their own
 
