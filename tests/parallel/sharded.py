@@ -6,7 +6,9 @@
 JAX fixes its number of devices when it starts, so it cannot be done in the process of the tests.
 """
 
+import functools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ SPEC = models.DecoderSpec(
     hidden_size=16,
     intermediate_size=32,
     num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=2,
 )
 K, PROMPTS, SAMPLES, TIME, ANSWER, CANDIDATES = 2, 4, 2, 5, 3, 7
+FACTORED = re.compile("(q|o|up|down)_proj/kernel")
 SETTINGS = experts.Settings(steps=2, learning_rate=0.05)
 SHAPES = {"2,2,2": (2, 2, 2), "8,1,1": (8, 1, 1), "1,8,1": (1, 8, 1), "1,1,8": (1, 1, 8)}
 
@@ -44,6 +47,14 @@ def mesh_of(shape):
     return parallel.make_mesh(dict(zip(parallel.AXES, shape, strict=True)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def decomposed(decoder):
+    """Factors of a matrix by columns and one by rows in each block; the others stay kernels."""
+    params = decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.tree.map(lambda w: 2 * w if w.ndim == 2 else w, params)
+    return svf.decompose(params, lambda path, leaf: bool(FACTORED.search(path)))[0]
+
+
 class Case:
     """A model with K experts in training, fixed rollouts and a population of mixtures; on hosts."""
 
@@ -53,9 +64,7 @@ class Case:
         nothing: Any = None
         parts: Any = {f: nothing for f in Model._fields}
         self.model = Model(**{**parts, "decoder": decoder, "adapted": svf.transform(decoder)})
-        params = decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-        params = jax.tree.map(lambda w: 2 * w if w.ndim == 2 else w, params)
-        factors, _ = svf.decompose(params, svf.is_attention_or_mlp)
+        factors = decomposed(decoder)
         self.factors = jax.device_get(factors)
         rows = K * PROMPTS
         mask = np.arange(TIME) >= rng.integers(0, 4, (rows, 1))
@@ -74,7 +83,9 @@ class Case:
         self.advantage = rng.normal(size=(K, PROMPTS * SAMPLES)).astype(np.float32)
         weights = {"factors": factors, "projector": None}
         self.tx = optim.mugrok(SETTINGS.optimizer())
-        state = experts.init_state(SVF, weights, self.tx, K, jax.random.key(0))
+        state = jax.jit(lambda w: experts.init_state(SVF, w, self.tx, K, jax.random.key(0)))(
+            weights
+        )
         moved = {k: rng.normal(0, 0.3, v.shape).astype(np.float32) for k, v in state.delta.items()}
         self.state = jax.device_get(state._replace(delta=moved))
         self.experts = {k: 1 + v for k, v in moved.items()}
@@ -151,8 +162,8 @@ def facts(case, mesh, wanted):
     """How a mesh compares with one device, and what its devices hold."""
     got, after = case.run(mesh)
     weights, state, batch, _ = case.placed(mesh)
-    kernels = [leaf.u for _, leaf in svf.named_factors(weights["factors"])]
-    kernels += [leaf.vt for _, leaf in svf.named_factors(weights["factors"])]
+    layer = weights["factors"]["layers_0"]
+    kernels = [x for x in jax.tree.leaves((layer["self_attn"], layer["mlp"])) if x.ndim > 1]
     return {
         "difference": difference(got, wanted),
         "devices": [len(x.sharding.device_set) for x in jax.tree.leaves(got)],
