@@ -15,11 +15,11 @@ import numpy as np
 
 from experiments import run as runs
 from experiments.data.tasks import Task
-from experiments.experts import Settings, Step, fitted, init_state, make_step
+from experiments.experts import Settings, Step, fitted, init_state, make_step, make_tx
 from experiments.forms import FULL, LORA, LORA_RANK, Form, full_params, lora_params
 from experiments.model import Weights
 from experiments.problem import Problem, answers
-from forge_jax import optim, svf
+from forge_jax import svf
 
 
 class Ceiling(NamedTuple):
@@ -47,7 +47,7 @@ def make_ceilings(
     for name, rate in rates.items():
         form, merge = FORMS[name]
         own = dataclasses.replace(settings.with_rate(rate), patience=settings.steps)
-        tx = optim.mugrok(own.optimizer())
+        tx = make_tx(own)
         step = make_step(problem.model, form, tx, own, problem.new_tokens)
         out[name] = Ceiling(form, jax.jit(merge), own, step)
     return out
@@ -70,7 +70,7 @@ def accuracy(problem: Problem, params, task: Task, split) -> float:
 
 def train(problem: Problem, weights: Weights, ceiling: Ceiling, task: Task, seed: int):
     """The parameters at the best validation accuracy, that accuracy, bytes of what was trained."""
-    tx = optim.mugrok(ceiling.settings.optimizer())
+    tx = make_tx(ceiling.settings)
     state = init_state(ceiling.form, weights, tx, 1, jax.random.key(seed))
 
     def validate(delta):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from experiments import run as runs
 from experiments.data.batches import Batch, stack
@@ -21,7 +22,7 @@ from experiments.data.tasks import Task, select
 from experiments.forms import SVF, Delta, Form, z_of, z_statistics
 from experiments.model import Model, Weights, images
 from experiments.scoring import exact_rewards, make_rollout, rewards
-from forge_jax import optim, rl, svf
+from forge_jax import optim, parallel, rl, svf
 from forge_jax.models import Generated, response_logits
 
 
@@ -65,6 +66,8 @@ class Settings:
     """steps from one validation to the next"""
     patience: int = 3
     """training stops when no expert has improved for so many validations"""
+    diagnostics: bool = False
+    """log the optimizer's measurements at each step, see `optim.diagnostics`"""
 
     def check(self) -> None:
         """Raise a ValueError that lists every setting out of its range."""
@@ -95,6 +98,11 @@ class Settings:
 
 
 DEFAULTS = Settings()
+
+
+def make_tx(settings: Settings) -> optax.GradientTransformation:
+    """The optimizer of one expert."""
+    return optim.mugrok(settings.optimizer(), diagnostics=settings.diagnostics)
 
 
 def init_state(form: Form, weights: Weights, tx, experts: int, key) -> State:
@@ -139,10 +147,16 @@ def expert_losses(
     return loss.reshape(experts, -1).mean(axis=1), kl_per_token
 
 
-def make_update(model: Model, form: Form, tx: optax.GradientTransformation, kl_weight: float):
+def make_update(
+    model: Model,
+    form: Form,
+    tx: optax.GradientTransformation,
+    kl_weight: float,
+    diagnostics: bool = False,
+):
     """A compiled function (weights, state, batch, responses, advantage) -> state, metrics.
 
-    `advantage` is (K, B x G), the metrics are (K,).
+    `advantage` is (K, B x G), the metrics are (K,); `diagnostics` adds those kept by `tx`.
     """
 
     @jax.jit
@@ -156,7 +170,9 @@ def make_update(model: Model, form: Form, tx: optax.GradientTransformation, kl_w
         grads, (losses, kl) = jax.grad(total, has_aux=True)(state.delta)
         updates, opt_state = jax.vmap(tx.update)(grads, state.opt_state, state.delta)
         delta = optax.apply_updates(state.delta, updates)
-        return state._replace(delta=delta, opt_state=opt_state), {"loss": losses, "kl_div": kl}
+        metrics = {"loss": losses, "kl_div": kl}
+        metrics |= optim.diagnostics(opt_state) if diagnostics else {}
+        return state._replace(delta=delta, opt_state=opt_state), metrics
 
     return update
 
@@ -191,8 +207,13 @@ def make_step(
     tx: optax.GradientTransformation,
     settings: Settings,
     max_new_tokens: int,
+    mesh: Mesh | None = None,
 ) -> Step:
-    """One update of K experts on K tasks; equal shapes compile once."""
+    """One update of K experts on K tasks; equal shapes compile once.
+
+    On a mesh the rows of a step are shared out over `population` and `data`, and z over
+    `population` where it divides K; what goes in may lie anywhere.
+    """
     rollout = make_rollout(
         model,
         form.policy,
@@ -201,16 +222,23 @@ def make_step(
         temperature=settings.temperature,
         top_p=settings.top_p,
     )
-    update = make_update(model, form, tx, settings.kl_coefficient)
+    update = make_update(model, form, tx, settings.kl_coefficient, settings.diagnostics)
+
+    def placed(state, batch):
+        stacked = parallel.fitting(mesh, parallel.CANDIDATES, len(state.stale))
+        state = parallel.shard(mesh, state, stacked)
+        return state, parallel.shard(mesh, batch, parallel.EXPERT_ROWS)
 
     def supervised_step(weights, state, tasks, seed, number):
         batch, _ = draw(tasks, settings.prompts, seed, number)
+        state, batch = placed(state, batch)
         answers = Generated(jnp.asarray(batch.answers), jnp.asarray(batch.answer_mask))
         ones = np.ones((len(tasks), settings.prompts), np.float32)
         return update(weights, state, batch, answers, ones)
 
     def sampled_step(weights, state, tasks, seed, number):
         batch, indices = draw(tasks, settings.prompts, seed, number)
+        state, batch = placed(state, batch)
         key = jax.random.fold_in(jax.random.key(seed), number)
         responses = rollout(weights, state.delta, batch, key)
         tokens, mask = (np.split(np.asarray(x), len(tasks)) for x in responses)
@@ -319,7 +347,7 @@ def train(
 
     Logs every step, and checkpoints where it validates.
     """
-    tx = optim.mugrok(settings.optimizer())
+    tx = make_tx(settings)
     state = init_state(SVF, weights, tx, len(tasks), jax.random.key(seed))
     name, shown = f"seed{seed}-experts", "loss" if settings.supervised else "reward"
     start, state = runs.restore_latest(run, state, name=name) or (0, state)

@@ -40,8 +40,19 @@ def svf_policy(model: Model, weights: Weights, delta: Delta):
 
 
 def z_statistics(delta: Delta, expert: int) -> dict[str, float]:
-    """Mean, standard deviation, extremes of one expert's z, over all matrices."""
-    z = 1 + np.concatenate([np.ravel(d[expert]) for d in delta.values()])
+    """Mean, standard deviation, extremes of one expert's z: of all matrices, and of each.
+
+    "z_mean", and "z_mean/<path>".
+    """
+    z = {path: 1 + np.ravel(d[expert]) for path, d in delta.items()}
+    out = statistics(np.concatenate([*z.values()]))
+    for path, own in z.items():
+        out |= {f"{name}/{path}": value for name, value in statistics(own).items()}
+    return out
+
+
+def statistics(z: np.ndarray) -> dict[str, float]:
+    """The guide's four numbers of a z."""
     return {
         "z_mean": float(z.mean()),
         "z_std": float(z.std()),

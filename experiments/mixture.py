@@ -130,13 +130,17 @@ def candidate_scales(factors, experts, genome: Genome, index: dict[str, int]):
 
 
 def make_scales(index: dict[str, int]):
-    """A compiled function (factors, experts, population) -> singular values (P, r)."""
+    """A function (factors, experts, population) -> singular values (P, r)."""
 
     @jax.jit
-    def scales(factors, experts, population: Genome):
+    def compiled(factors, experts, population: Genome):
         return jax.vmap(lambda genome: candidate_scales(factors, experts, genome, index))(
             population
         )
+
+    def scales(factors, experts, population: Genome):
+        # from the host, so that they can follow the factors to whatever devices these are on
+        return compiled(factors, *jax.device_get((experts, population)))
 
     return scales
 

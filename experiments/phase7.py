@@ -14,7 +14,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import tyro
+from jax.sharding import Mesh
 
 from experiments import artifacts, ceilings, experts, measure, mixture, model, results
 from experiments import run as runs
@@ -23,7 +25,7 @@ from experiments.forms import SVF
 from experiments.problem import Problem, set_up
 from experiments.reopen import check
 from experiments.report import write_report
-from forge_jax import optim
+from forge_jax import parallel
 from forge_jax.domains import DOMAINS
 
 
@@ -66,6 +68,8 @@ class Args:
     """accuracy on validation that the low-rank twin may lose"""
     chunk: int = 8
     """candidates that run at once"""
+    mesh: str | None = None
+    """many devices: data=2,population=4 (and model=): rows, candidates, parts of the matrices"""
     ceilings: bool = False
     """train full fine-tuning and LoRA on as many samples too"""
 
@@ -123,6 +127,16 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def parse_mesh(text: str | None) -> Mesh | None:
+    """The mesh of all devices from "data=2,population=4"."""
+    if text is None:
+        return None
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    if not all(size.strip().isdigit() for _, size in pairs):
+        raise ValueError(f"`--mesh` must be axes and sizes such as data=2,model=4, got {text!r}.")
+    return parallel.make_mesh({axis.strip(): int(size) for axis, size in pairs})
+
+
 def check_settings(args: Args) -> None:
     """Raise a ValueError for settings out of their range, or that do not go together."""
     args.training.check()
@@ -142,6 +156,12 @@ def check_settings(args: Args) -> None:
 
 def load(args: Args) -> Problem:
     """The checkpoint and the tasks that the arguments name."""
+    mesh = parse_mesh(args.mesh)
+    rows = len(args.domains) * args.training.prompts
+    if mesh and rows % (mesh.shape["population"] * mesh.shape["data"]):
+        raise ValueError(
+            f"`--mesh {args.mesh}` cannot share out the {rows} rows of a step (domains x prompts)."
+        )
     counts: dict[Split, int] = {
         "train": args.train_items,
         "validation": args.validation_items,
@@ -159,6 +179,7 @@ def load(args: Args) -> Problem:
         counts=counts,
         free_tokens=args.free_tokens,
         chunk=args.chunk,
+        mesh=mesh,
     )
 
 
@@ -170,8 +191,9 @@ def run_seed(
     weights, factors = problem.weights, problem.weights["factors"]
     z = experts.train(run, weights, problem.tasks, problem.scorer, step, args.training, seed)
     ranks = args.mixing.calibration_ranks
+    single = jax.device_put(factors, jax.devices()[0])  # the cost model is that of one device
     calibrated = runs.once(
-        run, "calibration", lambda: measure.calibrate(problem.model, factors, ranks)
+        run, "calibration", lambda: measure.calibrate(problem.model, single, ranks)
     )
     costs = measure.cost_model(factors, calibrated)
     index = mixture.groups(list(z), args.mixing.per_layer)
@@ -203,8 +225,9 @@ def run_seed(
 
 def run_seeds(run: runs.Run, args: Args, problem: Problem, seeds: list[int]) -> dict[str, Any]:
     """Run every seed; the summary without its timings. The first seed's files end on top."""
-    tx = optim.mugrok(args.training.optimizer())
-    step = experts.make_step(problem.model, SVF, tx, args.training, problem.new_tokens)
+    tx = experts.make_tx(args.training)
+    given = (args.training, problem.new_tokens, problem.mesh)
+    step = experts.make_step(problem.model, SVF, tx, *given)
     others = ceilings.make_ceilings(problem, args.training) if args.ceilings else {}
     correct, directories, reached = [], [], []
     for seed in seeds:
@@ -245,9 +268,11 @@ def main(args: Args) -> None:
         runs.write_json(run.path / "summary.json", {**summary, **spent})
         write_report(run.path)
         opened_again = check(run.path)
+        names = {name for row in runs.rows(run.path) for name in row}
         done = runs.finish(run)
     results.show(summary, [t.name for t in problem.tasks])
     print(opened_again)
+    print(f"metrics: {len(names)} names in metrics.jsonl, their families in docs/metrics.md")
     print(f"report: {done / 'report.html'}")
 
 

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from experiments import model as models
 from experiments.data.splits import Split
 from experiments.data.tasks import Task, load_tasks
 from experiments.scoring import Score, make_params_scorer, make_scorer
+from forge_jax import parallel
 
 
 class Problem(NamedTuple):
@@ -20,6 +23,7 @@ class Problem(NamedTuple):
     new_tokens: int  # that a response may have
     scorer: Any  # see scoring.make_scorer
     params_scorer: Any  # see scoring.make_params_scorer
+    mesh: Mesh | None = None  # where `weights` lie; None is one device
 
 
 def set_up(
@@ -35,6 +39,7 @@ def set_up(
     counts: dict[Split, int],
     free_tokens: int,
     chunk: int,
+    mesh: Mesh | None = None,
 ) -> Problem:
     """Load the checkpoint and the tasks.
 
@@ -47,6 +52,10 @@ def set_up(
     if not domains or len(set(domains)) < len(domains):
         raise ValueError(f"`--domains` must name one or more domains, each once, got {domains}.")
     made, weights = models.load(path, select, Path(".cache/svd"), max_full)
+    weights = {
+        "factors": parallel.shard_params(mesh, weights["factors"]),
+        "projector": parallel.shard(mesh, weights["projector"], parallel.REPLICATED),
+    }
 
     def tasks(names: Sequence[str], source: str) -> list[Task]:
         return load_tasks(
@@ -63,10 +72,10 @@ def set_up(
     planted = tasks(domains, source)
     longest = planted[0].batches["test"].answers.shape[1]
     length = longest if all(t.is_exact for t in planted) else max(longest, free_tokens)
-    scorer = make_scorer(made, chunk=chunk, max_new_tokens=length)
+    scorer = make_scorer(made, chunk=chunk, max_new_tokens=length, mesh=mesh)
     params_scorer = make_params_scorer(made, length)
     apart = tasks(unplanted, "procedural")
-    return Problem(made, weights, planted, apart, length, scorer, params_scorer)
+    return Problem(made, weights, planted, apart, length, scorer, params_scorer, mesh)
 
 
 def answers(task: Task, split: Split) -> list[str]:

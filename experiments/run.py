@@ -61,8 +61,9 @@ __all__ = [
 ]
 
 CONFIG, METRICS, LOCK = "config.json", "metrics.jsonl", ".lock"
-# Settings that say where and how to show a run, not what it computes: they may change on resume.
-FREE = ("out", "resume", "replace", "wandb", "wandb_mode", "tensorboard")
+# Settings that say where to compute and how to show a run, not what it computes: they may change on
+# resume. Another mesh adds numbers up in another order: equal to five digits, not to the bit.
+FREE = ("out", "resume", "replace", "wandb", "wandb_mode", "tensorboard", "mesh")
 
 
 @dataclasses.dataclass

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.data.batches import Batch
 from experiments.data.tasks import Task
 from experiments.model import Model, Weights, images, policy, texts
-from forge_jax import rl, svf
+from forge_jax import parallel, rl, svf
 from forge_jax.models import generate, response_logits
 
 
@@ -20,16 +21,17 @@ class Score(NamedTuple):
     kl: np.ndarray  # (P,) KL(candidate || base) per answer token, nats
 
 
-def make_score(model: Model, chunk: int):
+def make_score(model: Model, chunk: int, mesh: Mesh | None = None):
     """A compiled function (weights, s (P, r), batch of N, base logits) -> Score.
 
     An answer counts as right where greedy decoding would write it, stop token included: the
     largest logit at every position is the answer's token given the answer's tokens before it.
     That is one pass over prompt and answer instead of a decoding loop, with the same result.
-    Candidates run `chunk` at a time.
+    Candidates run `chunk` at a time, on a mesh in each group along its axis `population`.
     """
 
-    def one(weights: Weights, s, batch: Batch, base):
+    def one(s, shared):
+        weights, batch, base = shared
         row = {k: v[None] for k, v in s.items()}
         logits = answer_logits(model, weights, row, batch)
         right = (logits.argmax(-1) == batch.answers) | ~batch.answer_mask
@@ -38,10 +40,8 @@ def make_score(model: Model, chunk: int):
 
     @jax.jit
     def score(weights: Weights, s, batch: Batch, base) -> Score:
-        def chosen(s):
-            return one(weights, s, batch, base)
-
-        return Score(*jax.lax.map(chosen, s, batch_size=chunk))
+        shared = (weights, batch, base)
+        return Score(*parallel.map_candidates(one, s, shared, mesh=mesh, chunk=chunk))
 
     return score
 
@@ -122,17 +122,20 @@ def rewards(model: Model, task: Task, responses, mask, answers: Sequence[str]) -
     return np.array([task.reward(t, a) for t, a in zip(written, wanted, strict=True)], np.float32)
 
 
-def make_scorer(model: Model, *, chunk: int, max_new_tokens: int):
+def make_scorer(model: Model, *, chunk: int, max_new_tokens: int, mesh: Mesh | None = None):
     """A function (weights, s (P, r), batch, task, answers) -> Score, on NumPy arrays.
 
-    Equal shapes compile once. A task whose reward reads free text has its text generated.
+    Equal shapes compile once. A task whose reward reads free text has its text generated. On a mesh
+    the items are shared out over `data` where it divides them.
     """
-    score, base_logits = make_score(model, chunk), make_base_logits(model)
+    score, base_logits = make_score(model, chunk, mesh), make_base_logits(model)
     greedy = make_rollout(
         model, policy, max_new_tokens=max_new_tokens, samples=1, temperature=0.0, top_p=1.0
     )
 
     def scorer(weights: Weights, s, batch: Batch, task: Task, answers: Sequence[str]) -> Score:
+        rows = parallel.fitting(mesh, parallel.ROWS, len(batch.tokens))
+        batch = parallel.shard(mesh, batch, rows)
         correct, kl = map(np.array, score(weights, s, batch, base_logits(weights, batch)))
         if task.is_exact:
             return Score(correct, kl)

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from forge_jax import svf
+from forge_jax import parallel, svf
 
 Form = Literal["factored", "dense"]
 Score = Callable[[Callable[..., Any], Any], PyTree]
@@ -45,6 +46,7 @@ def evaluate_population(
     tokens: int | None = None,
     chunk: int | None = None,
     memory_limit: int | None = None,
+    mesh: Mesh | None = None,
 ) -> PyTree:
     """Score P mixtures z = 1 + sum_k alpha_k (z_k - 1) of K experts on one batch.
 
@@ -69,7 +71,9 @@ def evaluate_population(
         chunk: candidates that run at once in the factored form.
         memory_limit: bytes that the deltas of the experts, and the temporaries of the candidates
             that run at once, may take. The temporaries are those that the compiler reports for
-            one candidate, which costs a compilation of its own.
+            one candidate on one device, which costs a compilation of its own.
+        mesh: from `parallel.make_mesh`: the candidates are shared out over its axis `population`.
+            `factors`, `experts` and `batch` lie on it already (`parallel.shard_params`, `shard`).
 
     Returns:
         What `score` returns, every leaf with a leading axis of P.
@@ -94,9 +98,13 @@ def evaluate_population(
     if memory_limit is not None:
         allowed = _allowed(adapted, score, form, memory_limit, arrays)
         chunk = min(allowed, chunk or count)
-    groups = math.ceil(count / min(chunk or CHUNK, count))
+    if mesh is not None:
+        alphas, rank = parallel.shard(mesh, (alphas, rank), parallel.REPLICATED)
+        arrays = (factors, experts, alphas, rank, batch)
+    own = count if mesh is None else math.ceil(count / mesh.shape["population"])
+    groups = math.ceil(own / min(chunk or CHUNK, own))
     # groups of equal size: what is left over would be compiled once more
-    return _run(adapted, score, form, math.ceil(count / groups), *arrays)
+    return _run(adapted, score, form, mesh, math.ceil(own / groups), *arrays)
 
 
 def cheaper_form(
@@ -130,26 +138,30 @@ def delta_bytes(factors: PyTree[Any], experts: Experts) -> int:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("adapted", "score", "form", "chunk"))
-def _run(adapted, score: Score, form: Form, chunk: int, factors, experts, alphas, rank, batch):
+@functools.partial(jax.jit, static_argnames=("adapted", "score", "form", "mesh", "chunk"))
+def _run(
+    adapted, score: Score, form: Form, mesh, chunk: int, factors, experts, alphas, rank, batch
+):
     """All candidates, `chunk` at a time in the factored form."""
     if form == "factored":
 
-        def one(candidate):
-            alpha, rank = candidate
+        def one(candidate, shared):
+            (alpha, rank), (factors, experts, batch) = candidate, shared
             s = _cut(svf.scales(factors, svf.mix(experts, alpha)), rank)
             return score(functools.partial(adapted.apply, {"params": factors}, scales=s), batch)
 
-        return jax.lax.map(one, (alphas, rank), batch_size=chunk)
-    base = svf.materialize(factors, svf.identity(factors))
-    deltas = svf.deltas(factors, experts)
+        shared = (factors, experts, batch)
+        return parallel.map_candidates(one, (alphas, rank), shared, mesh=mesh, chunk=chunk)
 
-    def mixed(alpha):
+    def mixed(alpha, shared):
+        base, deltas, batch = shared
         params = svf.mix_weights(base, deltas, alpha)
         return score(functools.partial(adapted.module.apply, {"params": params}), batch)
 
+    base = svf.materialize(factors, svf.identity(factors))
+    shared = (base, svf.deltas(factors, experts), batch)
     # one after another: a product batched over candidates, each with its own W, is slower on CPUs
-    return jax.lax.map(mixed, alphas)
+    return parallel.map_candidates(mixed, alphas, shared, mesh=mesh)
 
 
 def _cut(s, rank):
@@ -218,5 +230,7 @@ def _abstract(arrays) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
 @functools.lru_cache(maxsize=64)
 def _temporary_bytes(adapted, score: Score, form: Form, leaves, treedef) -> int:
     """Temporaries of the program for one candidate, as the compiler counts them."""
-    compiled = _run.lower(adapted, score, form, 1, *jax.tree.unflatten(treedef, leaves)).compile()
+    compiled = _run.lower(
+        adapted, score, form, None, 1, *jax.tree.unflatten(treedef, leaves)
+    ).compile()
     return int(compiled.memory_analysis().temp_size_in_bytes)

@@ -3,6 +3,7 @@
 from forge_jax.svf.factors import Factors as Factors
 from forge_jax.svf.factors import decompose as decompose
 from forge_jax.svf.factors import identity as identity
+from forge_jax.svf.factors import is_factors as is_factors
 from forge_jax.svf.factors import materialize as materialize
 from forge_jax.svf.factors import named_factors as named_factors
 from forge_jax.svf.factors import path_name as path_name
@@ -14,8 +15,10 @@ from forge_jax.svf.lowrank import truncate as truncate
 from forge_jax.svf.mixing import deltas as deltas
 from forge_jax.svf.mixing import mix as mix
 from forge_jax.svf.mixing import mix_weights as mix_weights
+from forge_jax.svf.mixing import pad_experts as pad_experts
 from forge_jax.svf.randomized import randomized_svd as randomized_svd
 from forge_jax.svf.rows import apply_rows as apply_rows
+from forge_jax.svf.rows import row_scales as row_scales
 from forge_jax.svf.select import is_attention as is_attention
 from forge_jax.svf.select import is_attention_or_mlp as is_attention_or_mlp
 from forge_jax.svf.select import is_mlp as is_mlp

@@ -38,6 +38,27 @@ def mix(
     return {name: base + _weighted(coefficients[name], z - base) for name, z in experts.items()}
 
 
+def pad_experts(
+    experts: Mapping[str, Float[Array, "experts *batch r"]], count: int
+) -> dict[str, Float[Array, "count *batch r"]]:
+    """Fill up with experts that are the base model, z = 1, to `count` places.
+
+    Programs that take all places are compiled once; a further expert is put into a free one,
+    `{name: v.at[place].set(z[name]) for name, v in padded.items()}`.
+
+    Raises:
+        ValueError: there are more experts than places.
+    """
+    given = max((len(z) for z in experts.values()), default=0)
+    if given > count:
+        raise ValueError(f"`count` must be at least {given}, the number of experts, got {count}.")
+
+    def padded(z):
+        return jnp.concatenate([z, jnp.ones((count - len(z), *z.shape[1:]), z.dtype)])
+
+    return {name: padded(jnp.asarray(z)) for name, z in experts.items()}
+
+
 def deltas(
     factors: PyTree[Any], experts: Mapping[str, Float[Array, "experts *batch r"]]
 ) -> dict[str, Float[Array, "experts ..."]]:

@@ -1,8 +1,11 @@
 """The whole of Phase 7 from the command line: what it writes, kill -9 and resume."""
 
 import io
+import itertools
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,11 +31,13 @@ def command(checkpoint, out, *more):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
     return [
         *(sys.executable, "-m", "experiments.phase7", "nano", f"--checkpoint={checkpoint}"),
-        *(f"--out={out}", "--unplanted", *flags, *more),
+        *(f"--out={out}", "--unplanted", "--diagnostics", *flags, *more),
     ]
 
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "jax"
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache" / "jax"
+MLP = ("gate", "up", "down")
 ENVIRONMENT = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
 TWO_SEEDS = ("--seeds=0,1", "--replace")
 
@@ -78,6 +83,33 @@ def test_metrics_carry_the_guides_names(unbroken):
     searched = ("generation", "best_latency_ms", "best_accuracy", "best_memory_gb")
     assert {f"adas/{m}" for m in (*searched, "best_throughput_tps", "pareto_front_size")} <= names
     assert {f"final/{m}" for m in ("latency_ms", "accuracy", "vram_gb", "throughput_tps")} <= names
+
+
+def documented(domains, matrices):
+    """Name -> the count that its family has in the table of docs/metrics.md."""
+    table = (ROOT / "docs" / "metrics.md").read_text()
+    found = {}
+    for family, count in re.findall(r"^\| `(\S+)` \|.*?\| (\d[^|]*) \|", table, re.MULTILINE):
+        parts = [part.split(",") for part in re.split(r"[{}]", family)]
+        filled = {"domain": domains, "matrix": matrices}
+        parts = [filled.get(",".join(part), part) for part in parts]
+        names = ["".join(name) for name in itertools.product(*parts)]
+        factors = {"K": len(domains), "M": len(matrices)}
+        size = math.prod(int(factors.get(word, word)) for word in count.split())
+        assert len(names) == size, family
+        found |= dict.fromkeys(names, family)
+    return found
+
+
+@pytest.mark.slow
+def test_the_documented_names_are_those_of_a_run(unbroken):
+    out, printed = unbroken
+    names = {name for row in runs.rows(out) for name in row}
+    kernels = [f"self_attn/{n}_proj" for n in "qkvo"] + [f"mlp/{n}_proj" for n in MLP]
+    matrices = [f"layers_0/{kernel}/kernel" for kernel in kernels]
+    assert names == set(documented(["math", "code", "reasoning", "vision"], matrices))
+    assert len(names) == 13 + 9 * 4 + 4 * 4 * 7 + 4 * 4
+    assert f"metrics: {len(names)} names" in printed
 
 
 def training(partial):
