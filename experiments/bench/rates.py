@@ -39,7 +39,7 @@ def z_accuracy(problem: Problem, settings: Settings, seed: int) -> dict[str, flo
     tx = optim.mugrok(settings.optimizer())
     step = make_step(problem.model, SVF, tx, settings, problem.new_tokens)
     tasks, weights = problem.tasks, problem.weights
-    state = init_state(SVF, weights, tx, len(tasks), jax.random.key(seed))
+    state = init_state(SVF, weights, tx, len(tasks), jax.random.key(seed), settings)
     state = fitted(
         lambda state, number: step(weights, state, tasks, seed, number),
         lambda delta: validate(problem.scorer, weights, delta, tasks),

@@ -28,7 +28,8 @@ def clipped_term(now, old, advantage, clip):
 
 
 def reference(now, old, advantage, clip):
-    terms = [clipped_term(now[i, t], old[i, t], advantage[i, t], clip) for i, t in np.argwhere(MASK)]
+    live = np.argwhere(MASK)
+    terms = [clipped_term(now[i, t], old[i, t], advantage[i, t], clip) for i, t in live]
     return -np.mean(terms)
 
 
