@@ -169,6 +169,6 @@ def init_state(
     """All experts at the base model."""
     delta = form.start(weights, experts, key)
     worst, stale = jnp.full(experts, -1.0), jnp.zeros(experts, jnp.int32)
-    coefficient = jnp.full(experts, settings.kl_coefficient)
+    coefficient = jnp.full(experts, settings.kl_coefficient, jnp.float32)  # not weakly typed
     critic = init_critic(weights, settings, experts)
     return State(delta, jax.vmap(tx.init)(delta), delta, worst, stale, coefficient, critic)
