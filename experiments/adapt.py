@@ -22,9 +22,11 @@ from experiments import run as runs
 from experiments.chat import NEW, chat, make_reply
 from experiments.dispatching import ROOM
 from experiments.forms import SVF
+from experiments.phase7 import parse_seeds
 from experiments.problem import Problem
 from experiments.questions import Asked, make_sets, wordings_of
 from experiments.shots import few_shot
+from experiments.training import DEFAULTS, Settings
 from forge_jax import adapt, optim
 from forge_jax.domains import DOMAINS
 from interop import load_phase8
@@ -61,7 +63,7 @@ class Args:
     shot_seeds: str = "0,1,2,3,4"
     """draws of a mixed domain, each of another pair of domains"""
     few_shot: adapt.FewShot = SEARCH
-    training: experts.Settings = experts.DEFAULTS
+    training: Settings = DEFAULTS
     chat: bool = False
     """talk to the adapted model in the terminal instead; nothing is measured"""
     resume: bool = False
@@ -78,7 +80,7 @@ SMOLLM2 = Args(
     fit_items=40,
     expert_steps=30,
     shot_tests=20,
-    training=experts.Settings(steps=20, prompts=12, samples=16, learning_rate=5e-3, decay=True),
+    training=Settings(steps=20, prompts=12, samples=16, learning_rate=5e-3, decay=True),
 )
 PRESETS = {
     "nano": ("the shipped nano checkpoint, four domains", Args()),
@@ -170,8 +172,11 @@ def run_all(run: runs.Run, args: Args, made: Problem, z) -> dict[str, Any]:
         run, {"step": 1, **{f"two_pass/{k}": v for k, v in served.items() if isinstance(v, float)}}
     )
     cost = runs.once(run, "costs", lambda: serving.costs(made, z, ways, way, sets["plain"]))
-    seeds = [int(part) for part in args.shot_seeds.split(",")]
-    given = {"seeds": seeds, "shots": args.shots, "tests": args.shot_tests}
+    given = {
+        "seeds": parse_seeds(args.shot_seeds, "--shot-seeds"),
+        "shots": args.shots,
+        "tests": args.shot_tests,
+    }
     found = few_shot(made, z, args.few_shot, **given)
     for row in found["rows"]:
         runs.log(
@@ -214,6 +219,7 @@ def main(args: Args) -> None:
         raise ValueError(
             "`items`, `fit_items` and `shot_tests` must be at least 2 and `shots` at least 1."
         )
+    parse_seeds(args.shot_seeds, "--shot-seeds")
     if args.chat:
         talk(args)
         return

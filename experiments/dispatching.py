@@ -57,9 +57,9 @@ def classify(way: str, factors, ways: Ways, apply, batch: Asked) -> adapt.Choice
 
 
 def label_tokens(problem: Problem) -> list[list[int]]:
-    """How the tokenizer writes every label after "It is"; the last is "other"."""
+    """How the tokenizer writes every label at the start of a line; the last is "other"."""
     names = [*(task.name for task in problem.tasks), "other"]
-    return [problem.model.tokenizer.encode(f" {n}", add_special_tokens=False).ids for n in names]
+    return [problem.model.tokenizer.encode(n, add_special_tokens=False).ids for n in names]
 
 
 def fit(problem: Problem, sets: dict[str, Asked], steps: int, seed: int) -> Ways:

@@ -124,9 +124,8 @@ def test_layers_share_an_alpha():
 def test_refuses_no_shots_and_a_population_without_its_references(known):
     with pytest.raises(ValueError, match="at least one shot"):
         find(known, Plain(jnp.zeros(0)))
+    few = adapt.FewShot(population=3)
     with pytest.raises(ValueError, match="population of 4"):
-        module, factors, experts = known
-        few = adapt.FewShot(population=3)
-        few(jax.random.key(0), module, factors, experts, near, Plain(jnp.zeros(1)))
+        few(jax.random.key(0), *known, near, Plain(jnp.zeros(1)))
     with pytest.raises(ValueError, match="groups"):
         adapt.FewShot(groups="row").index(["a"])  # pyright: ignore[reportArgumentType]
