@@ -6,9 +6,9 @@
     python -m experiments.phase7 nano --checkpoint path/to/phase6.json --source hub --out runs/mine
 
 Reads a Phase 6 checkpoint, trains one expert z per domain by REINFORCE + KL, or by another
-`--algorithm` (all in one compiled step), searches their mixture with NSGA-II, chooses it on validation items, measures it on test
-items and writes config.json, metrics.jsonl, summary.json, phase7.json with its artifacts, and
-report.html. `--resume` continues a killed run to the same bits.
+`--algorithm` (all in one compiled step), searches their mixture with NSGA-II, chooses it on
+validation items, measures it on test items and writes config.json, metrics.jsonl, summary.json,
+phase7.json with its artifacts, and report.html. `--resume` continues a killed run to the same bits.
 """
 
 import dataclasses
