@@ -1,13 +1,14 @@
 """Phase 7: SVF experts of a checkpoint, the best mixture of them, the artifacts for Phase 8.
 
     python -m experiments.phase7 nano --seeds 0,1,2 --out runs/demo
+    python -m experiments.phase7 nano --algorithm ppo --out runs/ppo
     python -m experiments.phase7 smollm2 --out runs/smollm2
     python -m experiments.phase7 nano --checkpoint path/to/phase6.json --source hub --out runs/mine
 
-Reads a Phase 6 checkpoint, trains one expert z per domain by REINFORCE + KL (all in one compiled
-step), searches their mixture with NSGA-II, chooses it on validation items, measures it on test
-items and writes config.json, metrics.jsonl, summary.json, phase7.json with its artifacts, and
-report.html. `--resume` continues a killed run to the same bits.
+Reads a Phase 6 checkpoint, trains one expert z per domain by REINFORCE + KL, or by another
+`--algorithm` (all in one compiled step), searches their mixture with NSGA-II, chooses it on
+validation items, measures it on test items and writes config.json, metrics.jsonl, summary.json,
+phase7.json with its artifacts, and report.html. `--resume` continues a killed run to the same bits.
 """
 
 import dataclasses
@@ -47,6 +48,8 @@ class Args:
     """with --source hub: a directory of local copies"""
     unplanted: tuple[str, ...] = ("bits",)
     """tasks without planted frequencies, scored and reported apart"""
+    reward: str = "task"
+    """task: that of each task's data; exact, numeric, or your own package.module:function"""
     select: Literal["attention", "mlp", "both"] = "both"
     """matrices that get a z"""
     max_full: int = 4096
@@ -117,13 +120,13 @@ PRESETS = {
 }
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
     """Seeds from "0,1,2"."""
     if not all(part.strip().isdigit() for part in text.split(",")):
-        raise ValueError(f"`--seeds` must be whole numbers such as 0,1,2, got {text!r}.")
+        raise ValueError(f"`{option}` must be whole numbers such as 0,1,2, got {text!r}.")
     seeds = [int(part) for part in text.split(",")]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"`--seeds` must differ, got {text!r}.")
+        raise ValueError(f"`{option}` must differ, got {text!r}.")
     return seeds
 
 
@@ -180,6 +183,7 @@ def load(args: Args) -> Problem:
         free_tokens=args.free_tokens,
         chunk=args.chunk,
         mesh=mesh,
+        reward=args.reward,
     )
 
 

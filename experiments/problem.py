@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from experiments import model as models
+from experiments.data.rewards import Reward, reward_of
 from experiments.data.splits import Split
 from experiments.data.tasks import Task, load_tasks
 from experiments.scoring import Score, make_params_scorer, make_scorer
@@ -40,24 +41,26 @@ def set_up(
     free_tokens: int,
     chunk: int,
     mesh: Mesh | None = None,
+    reward: str = "task",
 ) -> Problem:
     """Load the checkpoint and the tasks.
 
     An answer that must be exact is as long as the longest; one that is read out of free text may
-    take `free_tokens`.
+    take `free_tokens`. `reward` is a name for `data.rewards.reward_of`; tasks apart keep their own.
 
     Raises:
       ValueError, OSError: a file cannot be read, or a task has too few items.
     """
     if not domains or len(set(domains)) < len(domains):
         raise ValueError(f"`--domains` must name one or more domains, each once, got {domains}.")
+    rewarded = reward_of(reward)
     made, weights = models.load(path, select, Path(".cache/svd"), max_full)
     weights = {
         "factors": parallel.shard_params(mesh, weights["factors"]),
         "projector": parallel.shard(mesh, weights["projector"], parallel.REPLICATED),
     }
 
-    def tasks(names: Sequence[str], source: str) -> list[Task]:
+    def tasks(names: Sequence[str], source: str, own: Reward | None = None) -> list[Task]:
         return load_tasks(
             names,
             made.tokenizer,
@@ -67,9 +70,10 @@ def set_up(
             counts=counts,
             bos=made.bos,
             eos=made.eos if stop_token else None,
+            reward=own,
         )
 
-    planted = tasks(domains, source)
+    planted = tasks(domains, source, rewarded)
     longest = planted[0].batches["test"].answers.shape[1]
     length = longest if all(t.is_exact for t in planted) else max(longest, free_tokens)
     scorer = make_scorer(made, chunk=chunk, max_new_tokens=length, mesh=mesh)

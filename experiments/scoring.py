@@ -11,7 +11,7 @@ from experiments.data.batches import Batch
 from experiments.data.tasks import Task
 from experiments.model import Model, Weights, images, policy, texts
 from forge_jax import parallel, rl, svf
-from forge_jax.models import generate, response_logits
+from forge_jax.models import Questions, generate, response_logits
 
 
 class Score(NamedTuple):
@@ -102,7 +102,7 @@ def make_rollout(
     return rollout
 
 
-def exact_rewards(responses, batch: Batch) -> np.ndarray:
+def exact_rewards(responses, batch: Batch | Questions) -> np.ndarray:
     """+1 where a response has the answer's tokens, the stop token among them, else -1.
 
     The same predicate as `make_score`'s. `responses` are a multiple of the batch's rows, and may be

@@ -1,9 +1,10 @@
 """forge_jax: pure-functional JAX tools that make a language model adapt itself.
 
 The rooms, from the lowest to the highest: `svf` (singular value fine-tuning), `optim`, `models`,
-`domains`, `parallel` (many devices), `rl`, `search`.
+`domains`, `parallel` (many devices), `rl`, `search`, `adapt`.
 """
 
+from forge_jax import adapt as adapt
 from forge_jax import domains as domains
 from forge_jax import models as models
 from forge_jax import optim as optim

@@ -14,12 +14,11 @@ import numpy as np
 import tyro
 
 from experiments import ceilings, phase7
-from experiments.experts import Settings, fitted, init_state, make_step, validate
+from experiments.experts import Settings, fitted, init_state, make_step, make_tx, validate
 from experiments.files import write_json
 from experiments.forms import SVF
 from experiments.problem import Problem
 from experiments.run import clean_errors
-from forge_jax import optim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +35,10 @@ class Args:
 
 def z_accuracy(problem: Problem, settings: Settings, seed: int) -> dict[str, float]:
     """Best validation accuracy of every SVF expert on its own domain."""
-    tx = optim.mugrok(settings.optimizer())
+    tx = make_tx(settings)
     step = make_step(problem.model, SVF, tx, settings, problem.new_tokens)
     tasks, weights = problem.tasks, problem.weights
-    state = init_state(SVF, weights, tx, len(tasks), jax.random.key(seed))
+    state = init_state(SVF, weights, tx, len(tasks), jax.random.key(seed), settings)
     state = fitted(
         lambda state, number: step(weights, state, tasks, seed, number),
         lambda delta: validate(problem.scorer, weights, delta, tasks),

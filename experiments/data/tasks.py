@@ -1,17 +1,17 @@
 """A domain as the scripts use it: three splits, encoded once, and a reward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.data.batches import Batch, encode
+from experiments.data.rewards import Reward
 from experiments.data.sources import hub, procedural, take
 from experiments.data.splits import SHARES, Split, distinct
 from forge_jax.domains import Item, code, exact, math, reasoning, vision
 
-Reward = Callable[[str, str], float]
 HUB_REWARDS: dict[str, Reward] = {
     "math": math.reward,
     "code": code.reward,
@@ -66,8 +66,12 @@ def load_tasks(
     counts: dict[Split, int],
     bos: int | None,
     eos: int | None,
+    reward: Reward | None = None,
 ) -> list[Task]:
-    """The tasks, all with the same prompt and answer lengths so that they stack."""
+    """The tasks, all with the same prompt and answer lengths so that they stack.
+
+    `reward` takes the place of the tasks' own.
+    """
     if not names:
         return []
     items = [load_items(n, source, directory, image_token, counts) for n in names]
@@ -87,7 +91,7 @@ def load_tasks(
             name,
             by_split,
             {split: batch(chosen) for split, chosen in by_split.items()},
-            HUB_REWARDS[name] if source == "hub" else exact,
+            reward or (HUB_REWARDS[name] if source == "hub" else exact),
         )
         for name, by_split in zip(names, items, strict=True)
     ]

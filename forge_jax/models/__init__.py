@@ -7,7 +7,10 @@ from forge_jax.models.decoder import Decoder as Decoder
 from forge_jax.models.generate import Generated as Generated
 from forge_jax.models.generate import generate as generate
 from forge_jax.models.generate import response_logits as response_logits
+from forge_jax.models.generate import with_hidden as with_hidden
 from forge_jax.models.score import ExactMatch as ExactMatch
+from forge_jax.models.score import Judge as Judge
+from forge_jax.models.score import Judged as Judged
 from forge_jax.models.score import LogLikelihood as LogLikelihood
 from forge_jax.models.score import Questions as Questions
 from forge_jax.models.score import Respond as Respond

@@ -142,6 +142,7 @@ class Decoder(nn.Module):
             x, kv = layer(x, turn, visible, layer_cache, slots.index)
             kvs.append(kv)
         x = make_norm(spec, "norm")(x[:, logits_from:])
+        self.sow("intermediates", "hidden", x)  # nothing unless asked for, see `with_hidden`
         if spec.tie_word_embeddings:
             logits = embed.attend(x)
         else:

@@ -154,7 +154,8 @@ def response_logits(
 
     There are rows / batch responses to every prompt, in the order of `generate`; the prompt is
     read once for all of them. Differentiable in whatever `apply` closes over. Logits after the
-    end of a response mean nothing.
+    end of a response mean nothing. An `apply` that returns a tree of arrays (batch, time, ...) in
+    place of logits, as `with_hidden` makes one, has the same tree returned.
 
     Raises:
       ValueError: the responses are no multiple of the prompts.
@@ -166,9 +167,24 @@ def response_logits(
         )
     cache = init_cache(spec, batch, time + length - 1)
     first, cache = apply(tokens, mask, cache, images=images, logits_from=-1)
-    first = first[np.repeat(np.arange(batch), rows // batch)]
+    prompt_of_row = np.repeat(np.arange(batch), rows // batch)
+    first = jax.tree.map(lambda x: x[prompt_of_row], first)
     if length == 1:
         return first
     cache = repeat_cache(cache, rows // batch)
     later, _ = apply(responses[:, :-1], response_mask[:, :-1], cache)
-    return jnp.concatenate([first, later], axis=1)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), first, later)
+
+
+def with_hidden(apply: Apply) -> Apply:
+    """`apply(tokens, ...) -> ((logits, hidden), cache)` of a decoder's `apply`.
+
+    `hidden` (batch, kept, hidden) is what the logits are computed from: the last layer's output
+    after the last norm. A value head or a classifier reads it.
+    """
+
+    def both(*args, **kwargs):
+        (logits, cache), found = apply(*args, mutable=["intermediates"], **kwargs)
+        return (logits, found["intermediates"]["hidden"][0]), cache
+
+    return both

@@ -21,6 +21,7 @@ class Questions(NamedTuple):
     mask: Bool[Array, "batch time"]
     answers: Int[Array, "batch answer_time"]
     answer_mask: Bool[Array, "batch answer_time"]
+    images: Float[Array, "batch patches hidden"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +32,38 @@ class LogLikelihood:
 
     def __call__(self, apply: Apply, batch: Questions) -> Float[Array, " batch"]:
         prompts, answers = (batch.tokens, batch.mask), (batch.answers, batch.answer_mask)
-        logits = response_logits(apply, self.spec, *prompts, *answers)
-        chosen = jnp.take_along_axis(logits, batch.answers[..., None], axis=-1)[..., 0]
-        logp = chosen - jax.nn.logsumexp(logits, axis=-1)
-        return jnp.where(batch.answer_mask, logp, 0).sum(axis=-1)
+        logits = response_logits(apply, self.spec, *prompts, *answers, images=batch.images)
+        return _answer_logp(logits, batch)
+
+
+class Judged(NamedTuple):
+    """What a model makes of questions."""
+
+    correct: Bool[Array, " batch"]
+    logp: Float[Array, " batch"]  # of the right answer, nats
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Both in one pass: would greedy decoding write the answer, and how probable is it?
+
+    Greedy decoding writes exactly the answer if every token of it is the largest logit given those
+    before it.
+    """
+
+    spec: DecoderSpec
+
+    def __call__(self, apply: Apply, batch: Questions) -> Judged:
+        prompts, answers = (batch.tokens, batch.mask), (batch.answers, batch.answer_mask)
+        logits = response_logits(apply, self.spec, *prompts, *answers, images=batch.images)
+        right = (logits.argmax(axis=-1) == batch.answers) | ~batch.answer_mask
+        return Judged(right.all(axis=-1), _answer_logp(logits, batch))
+
+
+def _answer_logp(logits, batch: Questions) -> Float[Array, " batch"]:
+    chosen = jnp.take_along_axis(logits, batch.answers[..., None], axis=-1)[..., 0]
+    logp = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(batch.answer_mask, logp, 0).sum(axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +84,7 @@ class Respond:
             max_new_tokens=self.max_new_tokens,
             stop_tokens=self.stop_tokens,
             temperature=0.0,
+            images=getattr(batch, "images", None),
         )
 
 

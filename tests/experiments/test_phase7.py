@@ -26,7 +26,7 @@ MIXING: dict[str, Any] = {"population": 8, "generations": 3, "search_items": 4}
 @pytest.mark.slow
 def test_the_other_ways_through(first_layers, tmp_path):
     """CEM, one alpha a layer that sums to 1, supervised z, and every view of the record."""
-    training = {**TRAINING, "supervised": True, "learning_rate": 0.05}
+    training = {**TRAINING, "algorithm": "supervised", "learning_rate": 0.05}
     mixing: dict[str, Any] = {
         "search": "cem",
         "per_layer": True,
@@ -97,7 +97,7 @@ def test_a_hub_set_trains_on_free_text(checkpoint, tmp_path, monkeypatch):
     rows = [{"question": f"What is {i}?", "answer": f"It is.\n#### {i}"} for i in range(80)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "gsm8k" / "train.jsonl").write_text(text)
-    settings = experts.Settings(**TRAINING)
+    settings = experts.Settings(**TRAINING, algorithm="ppo", kl_target=0.1)
     given = {"checkpoint": checkpoint, "source": "hub", "data": str(tmp_path), "free_tokens": 12}
     args = phase7.Args(domains=("math",), unplanted=(), training=settings, **given)
     problem = phase7.load(args)
@@ -106,7 +106,7 @@ def test_a_hub_set_trains_on_free_text(checkpoint, tmp_path, monkeypatch):
     assert sum(counts) == 80
     tx = optim.mugrok(settings.optimizer())
     step = experts.make_step(problem.model, SVF, tx, settings, problem.new_tokens)
-    state = experts.init_state(SVF, problem.weights, tx, 1, jax.random.key(0))
+    state = experts.init_state(SVF, problem.weights, tx, 1, jax.random.key(0), settings)
     after, metrics = step(problem.weights, state, problem.tasks, 0, 0)
     assert -1 <= metrics["reward"][0] <= 1
     assert all(np.isfinite(d).all() for d in jax.tree.leaves(after.delta))

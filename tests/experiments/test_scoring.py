@@ -107,7 +107,7 @@ def test_dense_forms_start_at_the_base_and_train_what_they_say(problem, form):
 def test_the_best_is_kept_for_each_expert_alone():
     """Better, equal, worse: of equals the last is kept, but it is no progress."""
     delta, stale = {"a": np.array([[1.0], [2.0], [3.0]])}, np.array([1, 1, 1])
-    state = State(delta, (), {"a": np.zeros((3, 1))}, np.array([0.5, 0.5, 0.5]), stale)
+    state = State(delta, (), {"a": np.zeros((3, 1))}, np.array([0.5, 0.5, 0.5]), stale, np.zeros(3))
     got = keep_best(state, np.array([0.6, 0.5, 0.4]))
     np.testing.assert_array_equal(got.best["a"], [[1.0], [2.0], [0.0]])
     np.testing.assert_allclose(got.best_accuracy, [0.6, 0.5, 0.5])

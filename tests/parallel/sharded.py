@@ -21,7 +21,7 @@ from experiments import checkpoints, experts
 from experiments.data.batches import Batch
 from experiments.forms import SVF
 from experiments.model import Model
-from forge_jax import models, optim, parallel, search, svf
+from forge_jax import models, parallel, search, svf
 
 SPEC = models.DecoderSpec(
     vocab_size=40,
@@ -80,12 +80,12 @@ class Case:
             rng.integers(0, 40, (rows * SAMPLES, ANSWER), dtype=np.int32),
             np.arange(ANSWER) < rng.integers(1, 4, (rows * SAMPLES, 1)),
         )
-        self.advantage = rng.normal(size=(K, PROMPTS * SAMPLES)).astype(np.float32)
+        self.reward = rng.normal(size=(K, PROMPTS, SAMPLES)).astype(np.float32)
         weights = {"factors": factors, "projector": None}
-        self.tx = optim.mugrok(SETTINGS.optimizer())
-        state = jax.jit(lambda w: experts.init_state(SVF, w, self.tx, K, jax.random.key(0)))(
-            weights
-        )
+        self.tx = experts.make_tx(SETTINGS)
+        state = jax.jit(
+            lambda w: experts.init_state(SVF, w, self.tx, K, jax.random.key(0), SETTINGS)
+        )(weights)
         moved = {k: rng.normal(0, 0.3, v.shape).astype(np.float32) for k, v in state.delta.items()}
         self.state = jax.device_get(state._replace(delta=moved))
         self.experts = {k: 1 + v for k, v in moved.items()}
@@ -112,8 +112,9 @@ class Case:
     def run(self, mesh):
         """One training step, teacher-forced logits, the score and text of a population."""
         weights, state, batch, responses = self.placed(mesh)
-        update = experts.make_update(self.model, SVF, self.tx, 0.2)
-        after, metrics = update(weights, state, batch, responses, self.advantage)
+        update = experts.make_update(self.model, SVF, self.tx, SETTINGS)
+        given = (batch, responses, self.reward, jax.random.key(0))
+        after, metrics = update(weights, state, *given)
 
         @jax.jit
         def forced(weights, z, batch):

@@ -1,0 +1,182 @@
+"""Questions of several domains in one batch, each in one of several wordings.
+
+A dispatcher that is only shown the wordings it was fitted on may read the template instead of the
+question. So every domain has wordings that are fitted on and others that are held out, and there
+are wordings that all domains share, in which only the content tells them apart.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from experiments.data.batches import encode, prompt_rows
+from experiments.data.splits import Split
+from experiments.model import images
+from experiments.problem import Problem
+from forge_jax.domains import Item
+from forge_jax.models import Questions
+
+
+class Wordings(NamedTuple):
+    """How a domain's questions may be put; {} is the content."""
+
+    content: Callable[[str], str]  # of the prompt as the source words it
+    fit: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+def between(start: str, end: str) -> Callable[[str], str]:
+    """What stands between the prompt's fixed beginning and its fixed end."""
+    return lambda prompt: prompt.removeprefix(start).removesuffix(end)
+
+
+WORDINGS = {
+    "math": Wordings(
+        between("Calculate ", ".\n"),
+        ("Calculate {}.\n", "What is {}?\n", "{} =\n"),
+        ("Work out {}.\n", "How much is {}?\n"),
+    ),
+    "code": Wordings(
+        between("What does this program print?\n", "\n"),
+        ("What does this program print?\n{}\n", "Output of this code:\n{}\n", "Run this:\n{}\n"),
+        ("Say what the following prints.\n{}\n", "{}\nWhat is printed?\n"),
+    ),
+    "reasoning": Wordings(
+        between("", "\n"),
+        ("{}\n", "Riddle: {}\n", "Think about this. {}\n"),
+        ("Solve the puzzle. {}\n", "{} Tell me.\n"),
+    ),
+    "vision": Wordings(
+        between("", "\nWhich digit is this?\n"),
+        ("{}\nWhich digit is this?\n", "{}\nRead the image.\n", "Look: {}\nWhat number?\n"),
+        ("{}\nWhat does the picture show?\n", "Name the digit in {}\n"),
+    ),
+    "sums": Wordings(
+        between("Question: What is ", "?\nAnswer: "),
+        ("Question: What is {}?\nAnswer: ", "Calculate {}.\n", "{} =\n"),
+        ("Work out {}.\n", "How much is {}?\n"),
+    ),
+    "largest": Wordings(
+        between("Question: What is the largest of ", "?\nAnswer: "),
+        ("Question: What is the largest of {}?\nAnswer: ", "Largest of {}?\n", "Maximum: {}\n"),
+        ("Which is the greatest: {}?\n", "Pick the biggest of {}.\n"),
+    ),
+}
+SHARED_FIT = ("{}\n", "Input: {}\nOutput:\n")
+SHARED_HELD_OUT = ("Question: {}\nAnswer: ", "Here is a task.\n{}\nYour answer:\n")
+"""wordings of all domains alike"""
+
+Kind = str
+"""plain (as the source words it), fit, reworded (held out), shared (held out, all domains alike)"""
+
+
+def wordings_of(domain: str, kind: Kind) -> tuple[str, ...]:
+    """The wordings of a kind; () is the source's own.
+
+    Raises:
+      ValueError: the domain has no wordings.
+    """
+    if domain not in WORDINGS:
+        known = ", ".join(WORDINGS)
+        raise ValueError(f"There are no wordings for the domain {domain!r}; there are for {known}.")
+    own = WORDINGS[domain]
+    return {
+        "plain": (),
+        "fit": own.fit + SHARED_FIT,
+        "reworded": own.held_out,
+        "shared": SHARED_HELD_OUT,
+    }[kind]
+
+
+def reworded(items: Sequence[Item], domain: str, kind: Kind) -> list[Item]:
+    """The items in wordings of a kind, one after the other."""
+    forms = wordings_of(domain, kind)
+    if not forms:
+        return list(items)
+    contents = [WORDINGS[domain].content(item.prompt) for item in items]
+    return [
+        item._replace(prompt=forms[i % len(forms)].format(content))
+        for i, (item, content) in enumerate(zip(items, contents, strict=True))
+    ]
+
+
+def asking(question: str, names: Sequence[str], boxed: bool = False) -> str:
+    """The prompt that asks what kind of question this is; the label comes next."""
+    listed = ", ".join(names)
+    end = "The kind is \\boxed{" if boxed else "The kind:\n"
+    return f"{question.rstrip()}\nWhich kind of question is this: {listed}, or other?\n{end}"
+
+
+class Asked(NamedTuple):
+    """Questions to be answered, the prompts that ask for their label, and the right label."""
+
+    plain: Questions
+    asking: Questions  # the label comes next
+    boxing: Questions  # the label comes next, in a box that is opened already
+    label: Int[np.ndarray, " batch"]
+
+    def rows(self, index) -> "Asked":
+        """Some of them."""
+        return jax.tree.map(lambda x: x[index], self)
+
+
+def questions(problem: Problem, items: Sequence[Item], length: int) -> Questions:
+    """Items as arrays with their images, prompts padded to `length`.
+
+    Raises:
+      ValueError: prompt and answer are longer than the model's context.
+    """
+    model = problem.model
+    context = model.decoder.spec.max_position_embeddings
+    if length + problem.new_tokens > context:
+        raise ValueError(
+            f"A prompt of {length} tokens and {problem.new_tokens} new ones are longer than the "
+            f"context of {context}."
+        )
+    answers = problem.tasks[0].batches["test"].answers  # of all tasks the same length
+    eos = model.eos if (answers == model.eos).any() else None
+    lengths = {"prompt_length": length, "answer_length": answers.shape[1]}
+    batch = encode(model.tokenizer, items, bos=model.bos, eos=eos, **lengths)
+    seen = images(problem.weights, batch)
+    arrays = (jnp.asarray(x) for x in (batch.tokens, batch.mask, batch.answers, batch.answer_mask))
+    return Questions(*arrays, seen)
+
+
+def longest(problem: Problem, texts: Sequence[str]) -> int:
+    """Tokens of the longest text."""
+    return max(map(len, prompt_rows(problem.model.tokenizer, texts, problem.model.bos)))
+
+
+def make_sets(problem: Problem, wanted: dict[str, tuple[Split, Kind, int]]) -> dict[str, Asked]:
+    """Shuffled questions of all domains for each name: split, kind, items of each domain.
+
+    All sets have the same prompt lengths, so that one compiled program serves them.
+    """
+    names = [task.name for task in problem.tasks]
+    rows: dict[str, list[tuple[Item, int]]] = {}
+    for name, (split, kind, count) in wanted.items():
+        rows[name] = [
+            (item, label)
+            for label, task in enumerate(problem.tasks)
+            for item in reworded(task.items[split][:count], task.name, kind)
+        ]
+        np.random.default_rng(0).shuffle(rows[name])  # pyright: ignore[reportArgumentType]
+    texts = [item.prompt for part in rows.values() for item, _ in part]
+    ways: list[Callable[[str], str]] = [
+        lambda text: text,
+        lambda text: asking(text, names),
+        lambda text: asking(text, names, boxed=True),
+    ]
+    lengths = [longest(problem, [way(text) for text in texts]) for way in ways]
+    out = {}
+    for name, part in rows.items():
+        prompts = (
+            questions(problem, [i._replace(prompt=way(i.prompt)) for i, _ in part], length)
+            for way, length in zip(ways, lengths, strict=True)
+        )
+        out[name] = Asked(*prompts, np.array([label for _, label in part], np.int32))
+    return out

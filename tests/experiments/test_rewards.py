@@ -1,0 +1,38 @@
+"""Rewards by name."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from experiments.data.rewards import reward_of
+
+
+def test_the_named_ones_say_what_counts():
+    exact, numeric = reward_of("exact"), reward_of("numeric")
+    assert exact is not None
+    assert numeric is not None
+    assert exact(" 12\n", "12") == 1
+    assert exact("It is 12.", "12") == -1
+    assert numeric("It is 12.0, I think", "12") == 1
+    assert numeric("It is 13", "12") == -1
+    assert reward_of("task") is None
+
+
+def test_a_function_of_ones_own(monkeypatch):
+    """Whatever number it gives is the reward; what is no number is refused."""
+    own = SimpleNamespace(closeness=lambda r, a: -abs(len(r) - len(a)) / 2, broken=lambda r, a: r)
+    monkeypatch.setitem(sys.modules, "own_rewards", own)
+    reward = reward_of("own_rewards:closeness")
+    assert reward is not None
+    assert reward("abc", "a") == -1.0
+    broken = reward_of("own_rewards:broken")
+    assert broken is not None
+    with pytest.raises(ValueError, match="finite"):
+        broken("abc", "a")
+
+
+@pytest.mark.parametrize("name", ["best", "no_such_module:f", "math:no_such_function", "math:pi"])
+def test_what_is_no_reward_is_refused(name):
+    with pytest.raises(ValueError, match="reward"):
+        reward_of(name)
