@@ -14,6 +14,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -125,7 +126,7 @@ def load(args: Args) -> tuple[Problem, dict[str, np.ndarray] | None]:
             f"{ours[:12]}."
         )
     paths = next(iter(found.experts.values()))
-    z = {path: np.stack([found.experts[d][path] for d in domains]) for path in paths}
+    z = {path: jnp.stack([found.experts[d][path] for d in domains]) for path in paths}
     adapt.check_experts(made.weights["factors"], z)
     return made, z
 

@@ -50,7 +50,7 @@ def classify(way: str, factors, ways: Ways, apply, batch: Asked) -> adapt.Choice
         plain = batch.plain
         return ways.head(with_hidden(apply), plain.tokens, plain.mask, images=plain.images)
     asked = batch.asking
-    given = {"images": asked.images}
+    given: dict[str, Any] = {"images": asked.images}
     if way == "expert":
         given["scales"] = scales_of(factors, ways.z)
     return getattr(ways, way)(apply, asked.tokens, asked.mask, **given)
@@ -112,7 +112,7 @@ def train_expert(
             apply = partial(adapted.apply, {"params": factors}, scales=scales_of(factors, z))
             asking = part.asking
             said = prompt.scores(apply, asking.tokens, asking.mask, images=asking.images)
-            return adapt.classification_loss(said, part.label, prompt.labels)
+            return adapt.classification_loss(said, jnp.asarray(part.label), prompt.labels)
 
         updates, state = tx.update(jax.grad(loss)(delta), state)
         return optax.apply_updates(delta, updates), state

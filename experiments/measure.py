@@ -95,12 +95,12 @@ class CostModel(NamedTuple):
         """Latency in ms, memory in 1e9 bytes, minus tokens a second: all to be minimised."""
         rank = rank.astype(np.float64)
 
-        def time_of(model, falls, tokens):
+        def time_of(model, falls, tokens) -> Any:
             work = search.cost.counts(self.shapes, rank if falls else np.ones_like(rank), tokens)
             return np.maximum(search.cost.predict(model, work), 1e-9)
 
         latency = 1e3 * time_of(self.forward, self.forward_falls, LENGTH)
-        memory = search.cost.memory(self.shapes, rank, self.other_bytes) / 1e9
+        memory: Any = search.cost.memory(self.shapes, rank, self.other_bytes) / 1e9
         return latency, memory, -1 / time_of(self.decode, self.decode_falls, 1)
 
 

@@ -31,7 +31,6 @@ def set_up(
     path: Path,
     *,
     select: str,
-    max_full: int | None,
     domains: Sequence[str],
     unplanted: Sequence[str],
     source: str,
@@ -40,6 +39,7 @@ def set_up(
     counts: dict[Split, int],
     free_tokens: int,
     chunk: int,
+    max_full: int | None = None,
     mesh: Mesh | None = None,
     reward: str = "task",
 ) -> Problem:

@@ -141,9 +141,9 @@ def questions(problem: Problem, items: Sequence[Item], length: int) -> Questions
     eos = model.eos if (answers == model.eos).any() else None
     lengths = {"prompt_length": length, "answer_length": answers.shape[1]}
     batch = encode(model.tokenizer, items, bos=model.bos, eos=eos, **lengths)
-    seen = images(problem.weights, batch)
-    arrays = (jnp.asarray(x) for x in (batch.tokens, batch.mask, batch.answers, batch.answer_mask))
-    return Questions(*arrays, seen)
+    seen, answers = images(problem.weights, batch), batch.answers
+    tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
+    return Questions(tokens, mask, jnp.asarray(answers), jnp.asarray(batch.answer_mask), seen)
 
 
 def longest(problem: Problem, texts: Sequence[str]) -> int:
@@ -174,9 +174,10 @@ def make_sets(problem: Problem, wanted: dict[str, tuple[Split, Kind, int]]) -> d
     lengths = [longest(problem, [way(text) for text in texts]) for way in ways]
     out = {}
     for name, part in rows.items():
-        prompts = (
+        plain, bare, boxed = (
             questions(problem, [i._replace(prompt=way(i.prompt)) for i, _ in part], length)
             for way, length in zip(ways, lengths, strict=True)
         )
-        out[name] = Asked(*prompts, np.array([label for _, label in part], np.int32))
+        labels = np.array([label for _, label in part], np.int32)
+        out[name] = Asked(plain, bare, boxed, labels)
     return out

@@ -203,14 +203,16 @@ def make_clipped(
                 **terms,
             )
 
-        return jax.vmap(one)(*map(tokens_of, data), coefficient, terms)
+        logp, logp_old, advantage, mask = map(tokens_of, data)
+        return jax.vmap(one)(logp, logp_old, advantage, mask, coefficient, terms)
 
     @jax.jit
     def update(weights: Weights, state: State, batch: Batch, responses: Generated, reward, key):
         whole, kl = begin(weights, state, batch, responses, reward)
 
         def total(trained, part):
-            loss, metrics = losses(weights, *trained, part, state.kl_coefficient)
+            delta, heads = trained
+            loss, metrics = losses(weights, delta, heads, part, state.kl_coefficient)
             return loss.sum(), {"loss": loss, **metrics}
 
         def one(carry, rows):

@@ -42,7 +42,7 @@ def checked(name: str, function: Any) -> Reward:
         raise ValueError(f"The reward {name} is no function.")
 
     def reward(response: str, answer: str) -> float:
-        value = function(response, answer)
+        value: Any = function(response, answer)
         if isinstance(value, str) or not _math.isfinite(value):
             raise ValueError(f"The reward {name} must give finite numbers, got {value!r}.")
         return float(value)

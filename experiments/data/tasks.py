@@ -46,7 +46,9 @@ def load_items(
     """
     if source == "hub":
         rows = list(hub(name, directory, image_token))
-        found = {split: list(distinct(rows, split))[: counts[split]] for split in SHARES}
+        found: dict[Split, list[Item]] = {
+            split: list(distinct(rows, split))[: counts[split]] for split in SHARES
+        }
         if empty := [split for split in SHARES if not found[split]]:
             raise ValueError(f"The set of {name} has no items for {', '.join(empty)}.")
         return found

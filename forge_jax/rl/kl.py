@@ -34,7 +34,7 @@ def kl_reward(
     """
     time = jnp.arange(mask_t.shape[0])
     last = jnp.max(jnp.where(mask_t, time, -1))
-    penalty = jnp.where(mask_t, -coefficient * (logp_t - logp_reference_t), 0.0)
+    penalty = jnp.where(mask_t, -jnp.asarray(coefficient) * (logp_t - logp_reference_t), 0.0)
     return penalty + jnp.where(time == last, reward, 0.0)
 
 

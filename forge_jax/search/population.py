@@ -233,4 +233,5 @@ def _temporary_bytes(adapted, score: Score, form: Form, leaves, treedef) -> int:
     compiled = _run.lower(
         adapted, score, form, None, 1, *jax.tree.unflatten(treedef, leaves)
     ).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
+    memory: Any = compiled.memory_analysis()
+    return int(memory.temp_size_in_bytes)

@@ -229,7 +229,8 @@ def work(mesh):
         return parallel.map_candidates(lambda c, w: c @ w @ w, x, w, mesh=mesh, chunk=2)
 
     x, w = jnp.ones((30, 4, 64)), jnp.ones((64, 64))
-    return run.lower(x, w).compile().cost_analysis()["flops"], float(run(x, w).sum())
+    cost: Any = run.lower(x, w).compile().cost_analysis()
+    return cost["flops"], float(run(x, w).sum())
 
 
 def joined(out, port, number):
