@@ -94,8 +94,8 @@ def documented(domains, matrices):
         filled = {"domain": domains, "matrix": matrices}
         parts = [filled.get(",".join(part), part) for part in parts]
         names = ["".join(name) for name in itertools.product(*parts)]
-        factors = {"K": len(domains), "M": len(matrices)}
-        size = math.prod(int(factors.get(word, word)) for word in count.split())
+        counts = count.replace("K", str(len(domains))).replace("M", str(len(matrices)))
+        size = math.prod(int(word) for word in counts.split())
         assert len(names) == size, family
         found |= dict.fromkeys(names, family)
     return found
