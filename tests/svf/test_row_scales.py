@@ -173,9 +173,11 @@ def test_a_further_expert_compiles_nothing():
             same = jax.tree.map(np.array_equal, after, before)
             assert not any(jax.tree.leaves(same))
             together(function, factors, more, alpha[::-1].copy(), rows)
+        assert (len(TRACES), compiled) == (traces, [])
+        jax.jit(lambda x: 3 * x + traces)(alpha)
+        assert compiled  # a compilation would have been heard
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
-    assert (len(TRACES), compiled) == (traces, [])
 
 
 def test_padding_is_the_base():
