@@ -75,10 +75,9 @@ def param_specs(
     specs = jax.tree_util.tree_map_with_path(
         lambda path, leaf: spec_of(svf.path_name(path), leaf), params, is_leaf=svf.is_factors
     )
-    if mesh.shape["model"] > 1 and not matched:
-        raise ValueError(
-            f"A mesh with model={mesh.shape['model']} needs `rules` that match a path."
-        )
+    size = mesh.shape["model"]
+    if size > 1 and not matched:
+        raise ValueError(f"None of the `rules` matches a path, so model={size} splits nothing.")
     return specs
 
 

@@ -243,6 +243,19 @@ def test_counts_that_do_not_go_together_are_refused(checkpoint, tmp_path, capsys
     assert "validation_items" in said
 
 
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ("data=2", "needs 2 devices, got 1"),
+        ("rows=1", "may name the axes data, model, population, got rows"),
+        ("data", "must be axes and sizes such as data=2,model=4, got 'data'"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(checkpoint, tmp_path, capsys, mesh, said):
+    assert said in refused(args_for(tmp_path, checkpoint=checkpoint, mesh=mesh), capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_task_names_those_there_are(checkpoint, tmp_path, capsys):
     args = args_for(tmp_path, checkpoint=checkpoint, domains=("maths",))
     assert "reasoning" in refused(args, capsys)

@@ -42,9 +42,11 @@ ENVIRONMENT = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
 TWO_SEEDS = ("--seeds=0,1", "--replace")
 
 
-def finished(checkpoint, out, *more):
+def finished(checkpoint, out, *more, devices=1):
     line = command(checkpoint, out, *more)
-    done = subprocess.run(line, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = ENVIRONMENT | flags if devices > 1 else ENVIRONMENT
+    done = subprocess.run(line, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -94,8 +96,8 @@ def documented(domains, matrices):
         filled = {"domain": domains, "matrix": matrices}
         parts = [filled.get(",".join(part), part) for part in parts]
         names = ["".join(name) for name in itertools.product(*parts)]
-        factors = {"K": len(domains), "M": len(matrices)}
-        size = math.prod(int(factors.get(word, word)) for word in count.split())
+        counts = count.replace("K", str(len(domains))).replace("M", str(len(matrices)))
+        size = math.prod(int(word) for word in counts.split())
         assert len(names) == size, family
         found |= dict.fromkeys(names, family)
     return found
@@ -110,6 +112,18 @@ def test_the_documented_names_are_those_of_a_run(unbroken):
     assert names == set(documented(["math", "code", "reasoning", "vision"], matrices))
     assert len(names) == 13 + 9 * 4 + 4 * 4 * 7 + 4 * 4
     assert f"metrics: {len(names)} names" in printed
+
+
+@pytest.mark.slow
+def test_a_mesh_trains_the_same_experts(checkpoint, unbroken, tmp_path):
+    """All of Phase 7 on four devices; the first rows, before rounding can change a choice."""
+    small = ("--mesh=data=2,population=2", "--steps=2", "--generations=1")
+    printed = finished(checkpoint, tmp_path / "run", *small, devices=4)
+    assert "re-opened in PyTorch" in printed
+    ours, theirs = (runs.rows(path)[:2] for path in (tmp_path / "run", unbroken[0]))
+    assert len(ours[1]) > 100
+    for row, wanted in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-5)
 
 
 def training(partial):

@@ -76,10 +76,9 @@ class Case:
             answer_mask=answer_mask,
             patches=np.zeros((rows, 0), np.float32),
         )
-        self.responses = models.Generated(
-            rng.integers(0, 40, (rows * SAMPLES, ANSWER), dtype=np.int32),
-            np.arange(ANSWER) < rng.integers(1, 4, (rows * SAMPLES, 1)),
-        )
+        sampled: Any = rng.integers(0, 40, (rows * SAMPLES, ANSWER), dtype=np.int32)
+        live: Any = np.arange(ANSWER) < rng.integers(1, 4, (rows * SAMPLES, 1))
+        self.responses = models.Generated(sampled, live)
         self.reward = rng.normal(size=(K, PROMPTS, SAMPLES)).astype(np.float32)
         weights = {"factors": factors, "projector": None}
         self.tx = experts.make_tx(SETTINGS)
@@ -89,7 +88,7 @@ class Case:
         moved = {k: rng.normal(0, 0.3, v.shape).astype(np.float32) for k, v in state.delta.items()}
         self.state = jax.device_get(state._replace(delta=moved))
         self.experts = {k: 1 + v for k, v in moved.items()}
-        self.alpha = rng.uniform(0, 2, (CANDIDATES, K)).astype(np.float32)
+        self.alpha: Any = rng.uniform(0, 2, (CANDIDATES, K)).astype(np.float32)
 
     def placed(self, mesh):
         """Everything on the mesh; None is one device."""
@@ -194,7 +193,8 @@ def shapes(out):
     """Several meshes of eight devices against one device."""
     case = Case()
     wanted, _ = case.run(None)
-    np.savez(out / "one.npz", **{k: np.asarray(wanted[k]) for k in ("logits", "scores", "loss")})
+    arrays: Any = {k: np.asarray(wanted[k]) for k in ("logits", "scores", "loss")}
+    np.savez(out / "one.npz", **arrays)
     found: dict[str, Any] = {"zero": difference({"z": case.state.delta}, {"z": wanted["delta"]})}
     for name, shape in SHAPES.items():
         mesh = mesh_of(shape)
@@ -229,8 +229,8 @@ def work(mesh):
         return parallel.map_candidates(lambda c, w: c @ w @ w, x, w, mesh=mesh, chunk=2)
 
     x, w = jnp.ones((30, 4, 64)), jnp.ones((64, 64))
-    cost: Any = run.lower(x, w).compile().cost_analysis()
-    return cost["flops"], float(run(x, w).sum())
+    counted: Any = run.lower(x, w).compile().cost_analysis()
+    return counted["flops"], float(run(x, w).sum())
 
 
 def joined(out, port, number):
