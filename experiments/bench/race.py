@@ -54,6 +54,11 @@ class Contender(NamedTuple):
     compile_s: float | None = None
     held_bytes: int | None = None  # arrays that it keeps from run to run
     temporary_bytes: int | None = None  # as XLA counts them; torch does not count
+    answer: Callable[[], Any] | None = None  # what to compare, where it is not what `run` returns
+
+    def outcome(self) -> Any:
+        """What the check compares."""
+        return (self.answer or self.run)()
 
 
 class Work(NamedTuple):
@@ -77,9 +82,8 @@ class Race(NamedTuple):
     work: Work | None = None
     units: int = 1  # that one run does: what is reported is per unit
     unit: str = "run"
-    apart: tuple[str, ...] = ()  # contenders with a task of their own, left out of the check
     timed: Contender | None = None  # ours in another dtype, in place of the first when timing
-    notes: Mapping[str, Any] = {}
+    summary: Callable[[], Mapping[str, Any]] = dict  # what to note once the race is over
 
 
 def compiled(function: Callable[..., Any], *args: Any, donate: Sequence[int] = ()) -> Program:
@@ -147,11 +151,11 @@ def unequal(ours: Any, theirs: Any) -> float:
 
 def check(race: Race) -> dict[str, float]:
     """Run every contender once; how far each is from ours. A ValueError where it is too far."""
-    ours, *others = [name for name in race.entries if name not in race.apart]
-    wanted = race.entries[ours].run()
+    ours, *others = race.entries
+    wanted = race.entries[ours].outcome()
     found = {}
     for name in others:
-        found[name] = race.difference(wanted, race.entries[name].run())
+        found[name] = race.difference(wanted, race.entries[name].outcome())
         if not found[name] <= race.tolerance:  # NaN is a difference too
             raise ValueError(
                 f"{race.name}: {name} computed something else than {ours}, they differ by "
@@ -179,15 +183,15 @@ def measure(race: Race, rounds: int, rates: Mapping[str, float]) -> dict[str, An
     ours = next(iter(race.entries))
     entries = dict(race.entries)
     if race.timed is not None:
-        wanted = race.entries[ours].run()
-        agreement[f"{ours}, as timed"] = race.difference(race.timed.run(), wanted)
+        wanted = race.entries[ours].outcome()
+        agreement[f"{ours}, as timed"] = race.difference(race.timed.outcome(), wanted)
         entries[ours] = race.timed
     seconds = interleaved({name: entry.run for name, entry in entries.items()}, rounds)
     rows = {
         name: {
             "seconds": float(np.median(seconds[name])) / race.units,
             "over_ours": median_ratio(seconds[name], seconds[ours]),
-            **{k: v for k, v in entry._asdict().items() if k != "run"},
+            **{k: v for k, v in entry._asdict().items() if k not in ("run", "answer")},
         }
         for name, entry in entries.items()
     }
@@ -202,7 +206,8 @@ def measure(race: Race, rounds: int, rates: Mapping[str, float]) -> dict[str, An
         roofline = {**race.work._asdict(), "seconds": least}
         roofline["of_measured"] = least / rows[ours]["seconds"]
     return {
-        **{name: getattr(race, name) for name in ("name", "title", "settings", "unit", "notes")},
+        **{name: getattr(race, name) for name in ("name", "title", "settings", "unit")},
+        "notes": dict(race.summary()),
         "rounds": rounds,
         "rows": rows,
         "agreement": {"tolerance": race.tolerance, **agreement},
