@@ -1,6 +1,6 @@
 """Race greedy generation against transformers' `generate` and a bare loop over its model.
 
-    python -m experiments.bench.generation runs/bench
+python -m experiments.bench.generation runs/bench
 """
 
 import dataclasses

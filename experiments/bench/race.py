@@ -310,17 +310,22 @@ def judged(floor: Mapping[str, Any]) -> str:
     return f"{floor['what']}: {shown(floor['got'])}, wanted {sign} {shown(floor['wanted'])}, {end}"
 
 
-def prepare(dtype: str) -> None:
-    """Give both sides the same threads, compile without the cache, and full float32 products."""
+def prepare(dtype: str, threads: int | None = None) -> None:
+    """Give torch the threads that JAX takes, and compile without the cache.
+
+    Float32 products are full ones: a GPU would multiply in TF32, and on our side only.
+    """
     jax.config.update("jax_enable_compilation_cache", False)
-    torch.set_num_threads(os.cpu_count() or 1)
-    if dtype == "float32":  # a GPU would multiply in TF32 on our side only
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def command(args: Args, races: Callable[[str], Iterator[Race]]) -> dict[str, Any]:
+def command(
+    args: Args, races: Callable[[str], Iterator[Race]], threads: int | None = None
+) -> dict[str, Any]:
     """Run the races of one module; write `<race>.json` of each, and print its table."""
-    prepare(args.dtype)
+    prepare(args.dtype, threads)
     rates = ceilings(dtype=jnp.dtype(args.dtype))
     results = {}
     for race in races(args.dtype):  # one at a time: a race holds its weights

@@ -1,4 +1,4 @@
-"""Race one SVF step of REINFORCE, and four experts at once against one after another.
+"""Race one SVF step of REINFORCE against the public way and the same algebra in torch.
 
     python -m experiments.bench.rl_step runs/bench
 
@@ -39,8 +39,7 @@ class Shape:
     experts: int = 1
 
 
-STEP = (Shape(768, 2), {PUBLIC: 5.0, TORCH: 1.0})
-EXPERTS = Shape(256, 6, experts=4)
+FULL = (Shape(768, 2), {PUBLIC: 5.0, TORCH: 1.0})
 
 
 def case_of(shape: Shape) -> decoders.Case:
@@ -69,10 +68,15 @@ def reinforce(apply, tokens, reward):
     return jax.vmap(one)(logp, reward).mean()
 
 
+def optimizer() -> optax.GradientTransformation:
+    """Clip by the norm of the whole gradient, then Adam."""
+    return optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(RATE))
+
+
 def make_step(case: decoders.Case, *, dense: bool = False) -> Callable[..., Any]:
     """`step(factors, (z, state), tokens, reward) -> (z, state), (loss, gradient)` of one expert."""
     adapted = svf.transform(case.decoder)
-    tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(RATE))
+    tx = optimizer()
 
     def loss(z, factors, tokens, reward):
         def factored(x):
@@ -94,7 +98,7 @@ def make_step(case: decoders.Case, *, dense: bool = False) -> Callable[..., Any]
 
 def start(z: Any) -> Any:
     """z and a fresh state of the optimizer."""
-    return z, optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(RATE)).init(z)
+    return z, optimizer().init(z)
 
 
 def stepping(program: race.Program, factors, carry, *args) -> race.Contender:
@@ -199,7 +203,9 @@ def make(shape: Shape, floors: dict[str, float], dtype: str) -> race.Race:
     (tokens,), (reward,) = data(shape, case.spec)
     z = {path: jnp.asarray(v[0]) for path, v in case.experts.items()}
     given = (start(z), jnp.asarray(tokens), jnp.asarray(reward))
-    factored, dense = (compiled(make_step(case, dense=d), case.factors, *given) for d in (False, True))
+    factored, dense = (
+        compiled(make_step(case, dense=d), case.factors, *given) for d in (False, True)
+    )
     entries = {
         OURS: factored,
         DENSE: dense,
@@ -227,81 +233,9 @@ def make(shape: Shape, floors: dict[str, float], dtype: str) -> race.Race:
     )
 
 
-def after_another(contenders: list[race.Contender]) -> race.Contender:
-    """All of them in turn, what they computed stacked."""
-
-    def run():
-        outs = [contender.run() for contender in contenders]
-        return jax.tree.map(lambda *leaves: np.stack([race.as_numpy(x) for x in leaves]), *outs)
-
-    first = contenders[0]
-    held = [c.held_bytes or 0 for c in contenders]
-    return race.Contender(run, first.compile_s, max(held), first.temporary_bytes)
-
-
-def make_experts(shape: Shape, dtype: str) -> race.Race:
-    """The race of K experts at once; the faster of `jax.vmap` and `jax.lax.map` is shown."""
-    case = case_of(shape)
-    tokens, reward = data(shape, case.spec)
-    z = jax.tree.map(jnp.asarray, case.experts)
-
-    def vmapped(case):
-        mapped = jax.vmap(make_step(case), (None, 0, 0, 0))
-        return compiled(mapped, case.factors, *stacked)
-
-    def looped(case):
-        step = make_step(case)
-
-        def mapped(factors, *args):
-            return jax.lax.map(lambda x: step(factors, *x), args)
-
-        return compiled(mapped, case.factors, *stacked)
-
-    stacked = (jax.vmap(start)(z), jnp.asarray(tokens), jnp.asarray(reward))
-    rows = range(shape.experts)
-    apart = [jax.tree.map(lambda x, k=k: x[k], stacked) for k in rows]
-    step = race.compiled(make_step(case), case.factors, *apart[0])
-    singles = [stepping(step, case.factors, *args) for args in apart]
-    theirs = {
-        name: after_another(
-            [torch_contender(case, k, tokens[k], reward[k], public=public) for k in rows]
-        )
-        for name, public in ((PUBLIC, True), (TORCH, False))
-    }
-    makers = {"vmap": vmapped, "lax.map": looped}
-    made = {name: make(case) for name, make in makers.items()}
-    taken = {name: min(race.interleaved({name: c.run}, 3)[name]) for name, c in made.items()}
-    faster = min(taken, key=lambda name: taken[name])
-    slower = next(name for name in made if name != faster)
-    # both have moved on by now: the race starts from the beginning
-    made = {name: make(case) for name, make in makers.items()}
-    cased = decoders.cast(case, dtype)
-    return race.Race(
-        name=f"four_experts_{shape.hidden}",
-        title=(
-            f"one SVF step of {shape.experts} experts, {shape.rows} responses of {shape.time} "
-            f"tokens each; {OURS} is {faster}"
-        ),
-        settings=dataclasses.asdict(shape),
-        entries={
-            OURS: made[faster],
-            f"{OURS}, {slower}": made[slower],
-            f"{OURS}, one after another": after_another(singles),
-            **theirs,
-        },
-        difference=race.relative,
-        tolerance=1e-4,
-        work=work(cased, shape),
-        unit="step",
-        timed=None if dtype == "float32" else makers[faster](cased),
-        summary=lambda: {"faster": faster},
-    )
-
-
 def races(dtype: str) -> Iterator[race.Race]:
-    """Every race of this module at full size."""
-    yield make(*STEP, dtype)
-    yield make_experts(EXPERTS, dtype)
+    """The race of this module at full size."""
+    yield make(*FULL, dtype)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterator
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
