@@ -82,8 +82,11 @@ def make_case(spec: DecoderSpec, experts: int, seed: int = 0) -> Case:
     params = random_params(spec, seed)
     factors, ones = svf.decompose(params, svf.is_attention_or_mlp)
     rng = np.random.default_rng(seed)
-    drawn = {k: 1 + 0.2 * rng.normal(size=(experts, *z.shape)) for k, z in ones.items()}
-    return Case(spec, Decoder(spec), params, factors, {k: np.float32(v) for k, v in drawn.items()})
+    drawn = {
+        path: (1 + 0.2 * rng.normal(size=(experts, *z.shape))).astype(np.float32)
+        for path, z in ones.items()
+    }
+    return Case(spec, Decoder(spec), params, factors, drawn)
 
 
 def cast(case: Case, dtype: str) -> Case:
@@ -178,7 +181,7 @@ def decoder_work(case: Case, rows: int, time: int, *, factored: bool, passes: in
     2 r (m + n) flops a token and matrix where factored, else 2 m n; attention over all pairs of
     positions; the logits. The weights move once for each of `passes`.
     """
-    flops = numbers = 0.0
+    numbers = 0.0
     for _, leaf in svf.named_factors(case.factors):
         m, n, r = leaf.u.shape[0], leaf.vt.shape[1], leaf.s.shape[0]
         numbers += r * (m + n) if factored else m * n

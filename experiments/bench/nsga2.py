@@ -99,7 +99,8 @@ def theirs(shape: Shape, start: np.ndarray) -> race.Contender:
     def run():
         for _ in range(shape.generations):
             algorithm.next()
-        return algorithm.pop.get("F")
+        members: Any = algorithm.pop
+        return members.get("F")
 
     return race.Contender(run)
 

@@ -94,6 +94,14 @@ def machine(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(f"{', '.join(names)}: {line}" for line, names in lines.items())
 
 
+def crowded(result: Mapping[str, Any]) -> str:
+    """A warning where other jobs ran beside the race; torch's threads then wait for each other."""
+    cores = result["provenance"]["cores"]
+    if result["load"] <= cores + 0.5:
+        return ""
+    return f" The {cores} cores were shared with other jobs: these ratios are not to be relied on."
+
+
 def section(result: Mapping[str, Any]) -> str:
     """One race: its settings, table, floors and share of the ceilings."""
     settings = ", ".join(f"{k} {v}" for k, v in result["settings"].items())
@@ -103,7 +111,7 @@ def section(result: Mapping[str, Any]) -> str:
     lines = [
         f"## {result['name']}",
         f"{result['title'][0].upper()}{result['title'][1:]}. Settings: {settings}. "
-        f"{result['rounds']} rounds, load {result['load']:.1f}.",
+        f"{result['rounds']} rounds, load {result['load']:.1f}.{crowded(result)}",
         table(result),
         f"Difference from {OURS}, at most {shown(tolerance)} allowed: {apart}.",
     ]

@@ -19,6 +19,7 @@ from experiments.bench import decoders, race
 from experiments.bench.race import OURS, PUBLIC, TORCH
 from forge_jax import rl, search, svf
 from forge_jax.models import Respond
+from forge_jax.search.population import CHUNK
 
 BROADCAST = "public way, no diagonal matrix"
 
@@ -158,7 +159,7 @@ def make(shape: Shape, floors: dict[str, float], dtype: str) -> race.Race:
     }
     kind = "generation" if shape.new_tokens else "scoring"
     cased = decoders.cast(case, dtype)
-    rows, chunk = shape.population * shape.rows, min(search.population.CHUNK, shape.population)
+    rows, chunk = shape.population * shape.rows, min(CHUNK, shape.population)
     steps = -(-shape.population // chunk) * max(shape.new_tokens, 1)
     length = shape.tokens + max(shape.new_tokens - 1, 0)
     return race.Race(

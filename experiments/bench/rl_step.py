@@ -145,7 +145,8 @@ def torch_contender(case, expert: int, tokens, reward, *, public: bool) -> race.
     def gradients():
         adam.zero_grad()
         value = step()
-        return value.cpu(), {k: v.grad.detach().cpu().clone() for k, v in z.items()}
+        grads: Any = {path: v.grad for path, v in z.items()}
+        return value.cpu(), {path: g.detach().cpu().clone() for path, g in grads.items()}
 
     def answer():
         with torch.no_grad():

@@ -241,6 +241,12 @@ def test_the_page_has_every_race_and_every_floor(tmp_path):
     assert page.render(page.read(tmp_path)) == text  # result.json is no race
 
 
+def test_a_crowded_machine_is_named():
+    quiet = {"load": 2.1, "provenance": {"cores": 2}}
+    assert page.crowded(quiet) == ""
+    assert "not to be relied on" in page.crowded(quiet | {"load": 3.0})
+
+
 def test_a_directory_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no results"):
         page.read(tmp_path)
