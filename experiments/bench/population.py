@@ -6,6 +6,7 @@ The public way rebuilds every matrix for every candidate and runs the model on i
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -143,10 +144,32 @@ def folded(case, shape: Shape, batch: Batch, alpha) -> race.Contender:
     return race.Contender(run, held_bytes=held + race.size(list(model.parameters())))
 
 
+def title(shape: Shape) -> str:
+    """What each candidate does, in words."""
+    who = f"{shape.population} mixtures of {shape.experts} experts"
+    if shape.new_tokens:
+        return f"{who}, each continues {shape.rows} prompts by {shape.new_tokens} greedy tokens"
+    return f"{who}, causal loss on {shape.rows * shape.tokens} tokens each"
+
+
+def work(case: decoders.Case, shape: Shape) -> race.Work:
+    """Count the factored form: a chunk of candidates reads the weights once at every step."""
+    chunks = math.ceil(shape.population / CHUNK)
+    length = shape.tokens + max(shape.new_tokens - 1, 0)
+    return decoders.decoder_work(
+        case,
+        shape.population * shape.rows,
+        length,
+        factored=True,
+        passes=chunks * max(shape.new_tokens, 1),
+    )
+
+
 def make(shape: Shape, floors: dict[str, float], dtype: str) -> race.Race:
     """One race of this module."""
     spec = decoders.llama_spec(shape.hidden, shape.layers, shape.vocab)
     case = decoders.make_case(spec, shape.experts)
+    cased = decoders.cast(case, dtype)
     tokens = decoders.tokens_of(spec, shape.rows, shape.tokens)
     batch = Batch(tokens, np.ones(tokens.shape, bool))
     alpha = np.random.default_rng(2).uniform(0, 1, (shape.population, shape.experts))
@@ -157,27 +180,15 @@ def make(shape: Shape, floors: dict[str, float], dtype: str) -> race.Race:
         BROADCAST: one_by_one(case, *given, diagonal=False),
         TORCH: folded(case, *given),
     }
-    kind = "generation" if shape.new_tokens else "scoring"
-    cased = decoders.cast(case, dtype)
-    rows, chunk = shape.population * shape.rows, min(CHUNK, shape.population)
-    steps = -(-shape.population // chunk) * max(shape.new_tokens, 1)
-    length = shape.tokens + max(shape.new_tokens - 1, 0)
     return race.Race(
-        name=f"population_{kind}_{shape.hidden}",
-        title=(
-            f"{shape.population} mixtures of {shape.experts} experts, "
-            + (
-                f"each continues {shape.rows} prompts by {shape.new_tokens} greedy tokens"
-                if shape.new_tokens
-                else f"causal loss on {shape.rows * shape.tokens} tokens each"
-            )
-        ),
+        name=f"population_{'generation' if shape.new_tokens else 'scoring'}_{shape.hidden}",
+        title=title(shape),
         settings=dataclasses.asdict(shape),
         entries=entries,
         difference=race.unequal if shape.new_tokens else race.relative,
         tolerance=0.0 if shape.new_tokens else 1e-5,
         floors=floors,
-        work=decoders.decoder_work(cased, rows, length, factored=True, passes=steps),
+        work=work(cased, shape),
         unit="population",
         timed=None if dtype == "float32" else ours(cased, *given),
     )

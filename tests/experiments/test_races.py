@@ -63,8 +63,8 @@ def made(name):
 def measured(name):
     """What is written down of a race; two rounds."""
     with jax.default_matmul_precision("highest"):
-        result = race.measure(made(name), 2, RATES)
-    return result | {"ceilings": RATES, "provenance": race.provenance("float32")}
+        result = race.measure(made(name), 2, lambda: RATES)
+    return result | {"provenance": race.provenance("float32")}
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -92,6 +92,15 @@ def test_bfloat16_is_timed_and_its_rounding_shown():
     with_factors = decoders.cast(decoders.make_case(decoders.llama_spec(16, 1, 23), 2), "bfloat16")
     leaf = with_factors.factors["layers_0"]["mlp"]["up_proj"]["kernel"]
     assert (leaf.u.dtype, leaf.s.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_the_better_ceilings_count():
+    slow_then_fast = iter([{"flop": 1e6, "byte": 5e9}, {"flop": 4e9, "byte": 1e6}])
+    result = race.measure(made("rows"), 1, lambda: next(slow_then_fast))
+    assert result["ceilings"] == {"flop": 4e9, "byte": 5e9}
+    work = made("rows").work
+    least = work.flops / 4e9 + work.bytes / 5e9
+    assert result["roofline"]["seconds"] == pytest.approx(least)
 
 
 def test_floors_are_met_and_missed():
@@ -271,6 +280,7 @@ def test_a_module_writes_its_races(tmp_path, monkeypatch, capsys):
     race.command(race.Args(tmp_path, rounds=1), lambda dtype: iter([made("rows")]))
     result = read_json(tmp_path / "rows_of_experts.json")
     assert result["provenance"]["versions"]["jax"] == jax.__version__
+    assert race.installed("no-such-package-of-ours") is None
     assert f"{race.PUBLIC} / forge_jax" in capsys.readouterr().out
 
 
