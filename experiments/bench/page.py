@@ -60,7 +60,9 @@ def read(out: Path) -> list[dict[str, Any]]:
 
     def place(result):
         firsts = [i for i, name in enumerate(ORDER) if result["name"].startswith(name)]
-        return min(firsts, default=len(ORDER)), str(result["settings"].get("new_tokens", 0))
+        size = result["name"].rpartition("_")[2]
+        number = int(size) if size.isdigit() else 0
+        return min(firsts, default=len(ORDER)), result["settings"].get("new_tokens", 0), number
 
     return sorted(races, key=place)
 

@@ -267,7 +267,7 @@ def installed(name: str) -> str | None:
 def provenance(dtype: str) -> dict[str, Any]:
     """Say what ran, and on what."""
     names = ("jax", "jaxlib", "flax", "torch", "transformers", "pymoo", "numpy")
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -342,10 +342,11 @@ def command(
     """Run the races of one module; write `<race>.json` of each, and print its table."""
     prepare(args.dtype, threads)
     rates = functools.partial(ceilings, dtype=jnp.dtype(args.dtype))
+    origin = provenance(args.dtype)  # of the code that runs: the tree may move on meanwhile
     results = {}
     for race in races(args.dtype):  # one at a time: a race holds its weights
         result = measure(race, args.rounds, rates)
-        result["provenance"] = provenance(args.dtype)
+        result["provenance"] = origin
         write_json(args.out / f"{race.name}.json", result)
         results[race.name] = result
         print(f"\n{race.name}: {race.title}\n{table(result)}", flush=True)
