@@ -14,7 +14,10 @@ from experiments.bench.race import OURS, judged, markdown, shown, table
 from experiments.files import read_json, write_atomic, write_json
 
 # in the order of the page
-ORDER = ("population", "rl_step", "four_experts", "rows", "generation", "nsga2", "decompose")
+ORDER = (
+    *("population_scoring", "population_generation", "rl_step", "four_experts", "rows"),
+    *("generation", "nsga2", "decompose"),
+)
 
 HEAD = """# Performance
 
@@ -79,6 +82,12 @@ def summary(results: Sequence[Mapping[str, Any]]) -> str:
     return markdown(("race", "what", "wanted", "measured", ""), rows)
 
 
+def absent(results: Sequence[Mapping[str, Any]]) -> str:
+    """The kinds of race that have no result here."""
+    kinds = [k for k in ORDER if not any(r["name"].startswith(k) for r in results)]
+    return f"Not run here: {', '.join(kinds)}." if kinds else ""
+
+
 def machine(results: Sequence[Mapping[str, Any]]) -> str:
     """What the races ran on; one line for each set-up, the one-thread race has its own."""
     lines = {}
@@ -140,8 +149,15 @@ def section(result: Mapping[str, Any]) -> str:
 
 def render(results: Sequence[Mapping[str, Any]]) -> str:
     """The whole page."""
-    parts = [HEAD, summary(results), "## Machine", machine(results), *map(section, results)]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    parts = [
+        HEAD,
+        summary(results),
+        absent(results),
+        "## Machine",
+        machine(results),
+        *map(section, results),
+    ]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def main(args: Args) -> str:
