@@ -14,7 +14,6 @@ Writes `config.json`, `result.json` and `table.md`; the last lines are the ratio
 import dataclasses
 import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ import optax
 import torch
 import tyro
 
+from experiments.bench.race import ceilings, compiled, interleaved, markdown, median_ratio, size
 from experiments.files import write_atomic, write_json
 from forge_jax import optim
 from forge_jax.optim.newton_schulz import multiplications
@@ -102,17 +102,14 @@ def jax_contender(tx: optax.GradientTransformation, shapes: Mapping[str, Any]) -
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    started, spent = time.perf_counter(), time.process_time()
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
-    compile_s, cpu_s = time.perf_counter() - started, time.process_time() - spent
+    program = compiled(step, params, state, grads, donate=(0, 1))
     carry = [params, state]
 
     def run():
-        carry[:] = jax.block_until_ready(compiled(*carry, grads))
+        carry[:] = jax.block_until_ready(program.call(*carry, grads))
 
-    size = sum(x.nbytes for x in jax.tree.leaves(state))
-    memory: Any = compiled.memory_analysis()
-    return Contender(run, compile_s, cpu_s, size, memory.temp_size_in_bytes)
+    times = program.compile_s, program.compile_cpu_s
+    return Contender(run, *times, size(state), program.temporary_bytes)
 
 
 def torch_contender(shapes: Mapping[str, Any]) -> Contender:
@@ -134,8 +131,7 @@ def torch_contender(shapes: Mapping[str, Any]) -> Contender:
 
     run()
     state = [s for o in optimizers for s in o.state.values()]
-    size = sum(t.nbytes for s in state for t in s.values() if isinstance(t, torch.Tensor))
-    return Contender(run, 0.0, 0.0, size, None)
+    return Contender(run, 0.0, 0.0, size(state), None)
 
 
 def contenders(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Contender]:
@@ -159,45 +155,6 @@ def contenders(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Contender]:
         "optax.contrib.muon": jax_contender(theirs, shapes),
         "torch.optim.Muon + fused AdamW": torch_contender(shapes),
     }
-
-
-def race(entries: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Return seconds of each optimizer in each round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in entries}
-    for i in range(rounds + 1):
-        for name, entry in entries.items():
-            started = time.perf_counter()
-            entry.step()
-            if i:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def best(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the least seconds of a call."""
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
-
-
-def ceilings(size: int = 1536, megabytes: int = 256) -> dict[str, float]:
-    """Measure the rates of one large product and of one large copy, and of products of 320."""
-    key = jax.random.key(0)
-    multiply = jax.jit(jnp.matmul)
-    rates = {}
-    for n in (size, 320):
-        a = jax.random.normal(key, (n, n))
-        took = best(lambda: jax.block_until_ready(multiply(a, a)), 5 if n == size else 50)  # noqa: B023
-        rates[f"float32 product of {n}, flop/s"] = 2 * n**3 / took
-    b = torch.randn(size, size, dtype=torch.bfloat16)
-    rates[f"torch bfloat16 product of {size}, flop/s"] = 2 * size**3 / best(lambda: b @ b)
-    x = jnp.zeros(megabytes * 2**18)
-    copy = jax.jit(lambda x: x + 1)
-    took = best(lambda: jax.block_until_ready(copy(x)))
-    return rates | {"copy, bytes/s read and written": 2 * x.nbytes / took}
 
 
 def counted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
@@ -227,15 +184,19 @@ def chosen_flops(shape: tuple[int, ...]) -> float:
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the rows as Markdown; state and temporaries are in units of the parameters."""
     heads = ("optimizer", "ms a step", "mugrok / it", "compile s", "CPU s", "state", "temporaries")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for name, row in rows.items():
         temporaries = row["temporaries_of_params"]
-        lines.append(
-            f"| {name} | {1e3 * row['seconds']:.0f} | {row['mugrok_over_it']:.2f} "
-            f"| {row['compile_s']:.1f} | {row['compile_cpu_s']:.1f} | {row['state_of_params']:.2f} "
-            f"| {'-' if temporaries is None else f'{temporaries:.2f}'} |"
+        numbers = (
+            f"{1e3 * row['seconds']:.0f}",
+            f"{row['mugrok_over_it']:.2f}",
+            f"{row['compile_s']:.1f}",
+            f"{row['compile_cpu_s']:.1f}",
+            f"{row['state_of_params']:.2f}",
+            "-" if temporaries is None else f"{temporaries:.2f}",
         )
-    return "\n".join(lines)
+        lines.append((name, *numbers))
+    return markdown(heads, lines)
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -245,13 +206,12 @@ def main(args: Args) -> dict[str, Any]:
     shapes = cognate_shapes()
     total = sum(math.prod(s) for s in shapes.values())
     entries = contenders(shapes)
-    seconds = race(entries, args.rounds)
+    seconds = interleaved({name: entry.step for name, entry in entries.items()}, args.rounds)
     rates, counts = ceilings(), counted(shapes)
-    ours = np.array(seconds["mugrok"])
     rows = {
         name: {
             "seconds": float(np.median(seconds[name])),
-            "mugrok_over_it": float(np.median(ours / np.array(seconds[name]))),
+            "mugrok_over_it": median_ratio(seconds["mugrok"], seconds[name]),
             "compile_s": entry.compile_s,
             "compile_cpu_s": entry.compile_cpu_s,
             "state_of_params": entry.state_bytes / (4 * total),

@@ -1,0 +1,173 @@
+"""Write the races' page, every number of it from the JSON files in a directory.
+
+python -m experiments.bench.page runs/bench --page docs/performance.md
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.bench.race import OURS, judged, markdown, shown, table
+from experiments.files import read_json, write_atomic, write_json
+
+# in the order of the page
+ORDER = (
+    *("population_scoring", "population_generation", "rl_step", "four_experts", "rows"),
+    *("generation", "nsga2", "decompose"),
+)
+
+HEAD = """# Performance
+
+`python -m experiments.bench.all runs/bench --page docs/performance.md` runs every race and writes
+this page; one race is `python -m experiments.bench.<name> runs/bench`, and
+`python -m experiments.bench.page runs/bench --page docs/performance.md` writes the page again. The
+optimizer's race is in `docs/optimizer.md`.
+
+How to read it:
+
+- Before a race is timed, each side runs once and the results are compared; a race whose sides
+  disagree stops with an error.
+- A time is the median over the rounds. A ratio is the median of the rounds' own ratios, each round
+  timing every side once: it need not be the quotient of two medians.
+- "Public way" is that of Transformer-Squared's published code, U diag(s z) Vᵀ built anew for every
+  candidate, in transformers' model. "Same algebra in torch" is our factored form in that model:
+  against it, what is left is the compiler and not the formula.
+- Compilation is not in the times and has its own column. Held is what stays from run to run
+  (weights, factors, states), temporary what XLA allots beside it; torch does not tell.
+- The ceilings are the rates that this machine reaches on one large product and one large copy.
+  What a race has to multiply and to move, counted by hand and taken at these rates, is the time
+  that its share of the ceilings refers to. For the decomposition the count is that of a textbook
+  algorithm, most of which is not products.
+- torch runs as many threads as JAX, without `torch.compile`. The race of NSGA-II needs pymoo, which
+  comes with the `dev` extra.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    out: tyro.conf.Positional[Path]
+    """directory with the races' JSON files"""
+    page: Path | None = None
+    """Markdown file to write; `performance.md` in `out` unless given"""
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The results in a directory, in the order of the page."""
+    found = [read_json(path) for path in sorted(out.glob("*.json"))]
+    races = [r for r in found if isinstance(r, dict) and {"rows", "floors", "title"} <= set(r)]
+    if not races:
+        raise ValueError(f"{out} has no results of races.")
+
+    def place(result):
+        firsts = [i for i, name in enumerate(ORDER) if result["name"].startswith(name)]
+        size = result["name"].rpartition("_")[2]
+        number = int(size) if size.isdigit() else 0
+        return min(firsts, default=len(ORDER)), result["settings"].get("new_tokens", 0), number
+
+    return sorted(races, key=place)
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> str:
+    """Every floor in one table."""
+    rows = []
+    for result in results:
+        for floor in result["floors"]:
+            sign = "≤" if floor["at_most"] else "≥"
+            verdict = "met" if floor["met"] else f"missed by {100 * floor['missed_by']:.1f} %"
+            wanted = f"{sign} {shown(floor['wanted'])}"
+            rows.append((result["name"], floor["what"], wanted, shown(floor["got"]), verdict))
+    return markdown(("race", "what", "wanted", "measured", ""), rows)
+
+
+def absent(results: Sequence[Mapping[str, Any]]) -> str:
+    """The kinds of race that have no result here."""
+    kinds = [k for k in ORDER if not any(r["name"].startswith(k) for r in results)]
+    return f"Not run here: {', '.join(kinds)}." if kinds else ""
+
+
+def machine(results: Sequence[Mapping[str, Any]]) -> str:
+    """What the races ran on; one line for each set-up, the one-thread race has its own."""
+    lines = {}
+    for result in results:
+        p = result["provenance"]
+        versions = ", ".join(f"{name} {v}" for name, v in p["versions"].items())
+        line = (
+            f"{p['cores']} cores, JAX on {p['device']} ({p['platform']}), {p['dtype']}, torch "
+            f"with {p['torch_threads']} threads, commit {p['commit']}; {versions}."
+        )
+        lines.setdefault(line, []).append(result["name"])
+    return "\n\n".join(f"{', '.join(names)}: {line}" for line, names in lines.items())
+
+
+def crowded(result: Mapping[str, Any]) -> str:
+    """A warning where other jobs ran beside the race; torch's threads then wait for each other."""
+    cores = result["provenance"]["cores"]
+    if result["load"] <= cores + 0.5:
+        return ""
+    return f" The {cores} cores were shared with other jobs: these ratios are not to be relied on."
+
+
+def ceilings(result: Mapping[str, Any]) -> str:
+    """The machine's rates during the race, and how near to them ours is."""
+    (product, flop_s), *_, (_, byte_s) = result["ceilings"].items()
+    product = product.split(",")[0]
+    said = f"Ceilings: {product} {flop_s / 1e9:.1f} Gflop/s, copy {byte_s / 1e9:.1f} GB/s"
+    roofline = result["roofline"]
+    if roofline is None:
+        return f"{said}. Sorting and comparing is near to neither."
+    return (
+        f"{said}. {roofline['flops'] / 1e9:.3g} Gflop and {roofline['bytes'] / 1e6:.3g} MB a run "
+        f"take {shown(roofline['seconds'], 1e3)} ms a {result['unit']} at these rates, "
+        f"{100 * roofline['of_measured']:.0f} % of what was measured."
+    )
+
+
+def section(result: Mapping[str, Any]) -> str:
+    """One race: its settings, table, floors and share of the ceilings."""
+    settings = ", ".join(f"{k} {v}" for k, v in result["settings"].items())
+    agreement = dict(result["agreement"])
+    tolerance = agreement.pop("tolerance")
+    apart = ", ".join(f"{name} {shown(d)}" for name, d in agreement.items())
+    lines = [
+        f"## {result['name']}",
+        f"{result['title'][0].upper()}{result['title'][1:]}. Settings: {settings}. "
+        f"{result['rounds']} rounds, load {result['load']:.1f}.{crowded(result)}",
+        table(result),
+        f"Difference from {OURS}, at most {shown(tolerance)} allowed: {apart}.",
+    ]
+    if result["floors"]:
+        lines.append("\n".join(f"- {judged(floor)}" for floor in result["floors"]))
+    lines.append(ceilings(result))
+    notes = {n: v if isinstance(v, str) else shown(v) for n, v in result["notes"].items()}
+    if notes:
+        lines.append("\n".join(f"- {name}: {value}" for name, value in notes.items()))
+    return "\n\n".join(lines)
+
+
+def render(results: Sequence[Mapping[str, Any]]) -> str:
+    """The whole page."""
+    parts = [
+        HEAD,
+        summary(results),
+        absent(results),
+        "## Machine",
+        machine(results),
+        *map(section, results),
+    ]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def main(args: Args) -> str:
+    """Write the page and `result.json`, all races in one file."""
+    results = read(args.out)
+    write_json(args.out / "result.json", {"races": results})
+    page = render(results)
+    write_atomic(args.page or args.out / "performance.md", page)
+    return page
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

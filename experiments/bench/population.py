@@ -1,0 +1,204 @@
+"""Race a population of mixtures, scored and generated from, in one program against one by one.
+
+    python -m experiments.bench.population runs/bench
+
+The public way rebuilds every matrix for every candidate and runs the model on it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import tyro
+
+from experiments.bench import decoders, race
+from experiments.bench.race import OURS, PUBLIC, TORCH
+from forge_jax import rl, search, svf
+from forge_jax.models import Respond
+from forge_jax.search.population import CHUNK
+
+BROADCAST = "public way, no diagonal matrix"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decoder, its experts, and what each candidate runs."""
+
+    hidden: int
+    layers: int
+    population: int
+    experts: int = 4
+    rows: int = 1
+    tokens: int = 32
+    new_tokens: int = 0
+    """0 where the tokens are scored; else they are continued"""
+    vocab: int = 2048
+
+
+FULL = (
+    (Shape(256, 6, 50), {PUBLIC: 12.0, TORCH: 1.5}),
+    (Shape(768, 2, 16), {PUBLIC: 15.0, TORCH: 0.95}),
+    (Shape(256, 6, 16, rows=4, new_tokens=16), {PUBLIC: 5.0}),
+)
+
+
+class Batch(NamedTuple):
+    """Prompts without padding."""
+
+    tokens: Any  # (rows, time)
+    mask: Any
+
+
+def loss(apply, batch: Batch):
+    """Mean negative log probability of each next token, nats."""
+    logits, _ = apply(batch.tokens)
+    return -rl.log_probability(logits[:, :-1], batch.tokens[:, 1:]).mean()
+
+
+def ours(case: decoders.Case, shape: Shape, batch: Batch, alpha) -> race.Contender:
+    """All candidates in one program."""
+    adapted = svf.transform(case.decoder)
+    score = Respond(case.spec, shape.new_tokens) if shape.new_tokens else loss
+
+    def evaluate(factors, experts, alpha, batch):
+        out = search.evaluate_population(adapted, factors, experts, alpha, score, batch, **options)
+        return out.tokens if shape.new_tokens else out
+
+    options: dict[str, Any] = {"form": "factored"} if shape.new_tokens else {}
+    experts = jax.tree.map(jnp.asarray, case.experts)
+    return race.jax_contender(
+        evaluate, case.factors, experts, jnp.asarray(alpha), jax.tree.map(jnp.asarray, batch)
+    )
+
+
+def torch_loss(model, tokens, rows: int):
+    """The loss of each of `rows` equal shares of a batch."""
+    logits = model(tokens, use_cache=False).logits[:, :-1]
+    nll = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+    )
+    return nll.view(rows, -1).mean(dim=1)
+
+
+def continued(model, tokens, new_tokens: int):
+    """Greedy tokens of transformers' `generate`."""
+    out = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return out[:, tokens.shape[1] :]
+
+
+def one_by_one(case, shape: Shape, batch: Batch, alpha, *, diagonal: bool) -> race.Contender:
+    """Rebuild every matrix of a candidate, put it into the model, run that."""
+    model = decoders.torch_model(case.spec, case.params)
+    matrices = decoders.torch_matrices(case)
+    experts, alphas = decoders.to_torch(case.experts), torch.tensor(alpha, device=decoders.DEVICE)
+    tokens = torch.tensor(batch.tokens, device=decoders.DEVICE).long()
+
+    def candidate(a):
+        for path, matrix in matrices.items():
+            z = 1 + a @ (experts[path] - 1)
+            weight = model.get_submodule(matrix.module).weight
+            weight.copy_(decoders.rebuild(matrix, z, diagonal=diagonal))
+        if shape.new_tokens:
+            return continued(model, tokens, shape.new_tokens)
+        return torch_loss(model, tokens, 1)[0]
+
+    @torch.no_grad()
+    def run():
+        return torch.stack([candidate(a) for a in alphas]).cpu()
+
+    held = sum(race.size(m[1:]) for m in matrices.values())
+    return race.Contender(run, held_bytes=held + race.size(list(model.parameters())))
+
+
+def folded(case, shape: Shape, batch: Batch, alpha) -> race.Contender:
+    """The factored form in torch: every row of one batch with its candidate's scales."""
+    model, layers = decoders.factored_model(case)
+    experts, alphas = decoders.to_torch(case.experts), torch.tensor(alpha, device=decoders.DEVICE)
+    tokens = torch.tensor(batch.tokens, device=decoders.DEVICE).long()
+    base = {path: layer.s for path, layer in layers.items()}
+    repeated = tokens.repeat(len(alphas), 1)
+
+    @torch.no_grad()
+    def run():
+        for path, layer in layers.items():
+            s = base[path] * (1 + alphas @ (experts[path] - 1))
+            layer.s = s.repeat_interleave(len(tokens), dim=0)[:, None]
+        if shape.new_tokens:
+            out = continued(model, repeated, shape.new_tokens)
+            return out.view(len(alphas), len(tokens), -1).cpu()
+        return torch_loss(model, repeated, len(alphas)).cpu()
+
+    held = race.size([(f.u, f.vt) for f in layers.values()])
+    return race.Contender(run, held_bytes=held + race.size(list(model.parameters())))
+
+
+def title(shape: Shape) -> str:
+    """What each candidate does, in words."""
+    who = f"{shape.population} mixtures of {shape.experts} experts"
+    if shape.new_tokens:
+        return f"{who}, each continues {shape.rows} prompts by {shape.new_tokens} greedy tokens"
+    return f"{who}, causal loss on {shape.rows * shape.tokens} tokens each"
+
+
+def work(case: decoders.Case, shape: Shape) -> race.Work:
+    """Count the factored form: a chunk of candidates reads the weights once at every step."""
+    chunks = math.ceil(shape.population / CHUNK)
+    length = shape.tokens + max(shape.new_tokens - 1, 0)
+    return decoders.decoder_work(
+        case,
+        shape.population * shape.rows,
+        length,
+        factored=True,
+        passes=chunks * max(shape.new_tokens, 1),
+    )
+
+
+def make(shape: Shape, floors: dict[str, float], dtype: str) -> race.Race:
+    """One race of this module."""
+    spec = decoders.llama_spec(shape.hidden, shape.layers, shape.vocab)
+    case = decoders.make_case(spec, shape.experts)
+    cased = decoders.cast(case, dtype)
+    tokens = decoders.tokens_of(spec, shape.rows, shape.tokens)
+    batch = Batch(tokens, np.ones(tokens.shape, bool))
+    alpha = np.random.default_rng(2).uniform(0, 1, (shape.population, shape.experts))
+    given = (shape, batch, alpha.astype(np.float32))
+    entries = {
+        OURS: ours(case, *given),
+        PUBLIC: one_by_one(case, *given, diagonal=True),
+        BROADCAST: one_by_one(case, *given, diagonal=False),
+        TORCH: folded(case, *given),
+    }
+    return race.Race(
+        name=f"population_{'generation' if shape.new_tokens else 'scoring'}_{shape.hidden}",
+        title=title(shape),
+        settings=dataclasses.asdict(shape),
+        entries=entries,
+        difference=race.unequal if shape.new_tokens else race.relative,
+        tolerance=0.0 if shape.new_tokens else 1e-5,
+        floors=floors,
+        work=work(cased, shape),
+        unit="population",
+        timed=None if dtype == "float32" else ours(cased, *given),
+    )
+
+
+def races(dtype: str) -> Iterator[race.Race]:
+    """Every race of this module at full size."""
+    for shape, floors in FULL:
+        yield make(shape, floors, dtype)
+
+
+if __name__ == "__main__":
+    race.command(tyro.cli(race.Args), races)

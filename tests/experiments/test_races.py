@@ -1,0 +1,292 @@
+"""Every race in tiny shapes: its record, its check of agreement, its floors, the page."""
+
+import functools
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("pymoo")
+
+from experiments.bench import all as every  # noqa: E402
+from experiments.bench import (  # noqa: E402
+    decoders,
+    decompose,
+    four_experts,
+    generation,
+    nsga2,
+    page,
+    population,
+    race,
+    rl_step,
+    rows,
+)
+from experiments.files import read_json, write_json  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+RATES = {"product": 1e9, "copy": 1e9}
+EASY, HARD = 1e-9, 1e9  # floors that are met, and missed, on any machine
+SCORED = population.Shape(16, 1, 3, experts=2, tokens=5, vocab=23)
+STEP = rl_step.Shape(16, 1, rows=2, time=5, vocab=23)
+MAKERS = {
+    "scored": lambda: population.make(SCORED, {race.PUBLIC: EASY, race.TORCH: HARD}, "float32"),
+    "generated": lambda: population.make(
+        population.Shape(16, 1, 2, experts=2, rows=2, tokens=4, new_tokens=3, vocab=23),
+        {race.PUBLIC: EASY},
+        "float32",
+    ),
+    "rl_step": lambda: rl_step.make(STEP, {race.PUBLIC: EASY}, "float32"),
+    "experts": lambda: four_experts.make(rl_step.Shape(16, 1, 2, 5, 23, experts=2), "float32"),
+    "rows": lambda: rows.make(rows.Shape(12, 20, 4, 2), {race.PUBLIC: EASY}, "bfloat16"),
+    "llama": lambda: generation.make(
+        generation.Shape("llama", 16, 1, 23, 2, 4, 3), {generation.PEER: EASY}, "float32"
+    ),
+    "gpt2": lambda: generation.make(
+        generation.Shape("gpt2", 16, 1, 23, 1, 4, 3), {generation.PEER: EASY}, "float32"
+    ),
+    "nsga2": lambda: nsga2.make(nsga2.Shape(12, 2), {nsga2.PEER: EASY}),
+    "decompose": lambda: decompose.make(decompose.Shape(12), {decompose.PEER: EASY}, 3e-6),
+}
+
+
+@functools.cache
+def made(name):
+    """A race, compiled once for all tests."""
+    return MAKERS[name]()
+
+
+@functools.cache
+def measured(name):
+    """What is written down of a race; two rounds."""
+    with jax.default_matmul_precision("highest"):
+        result = race.measure(made(name), 2, lambda: RATES)
+    return result | {"provenance": race.provenance("float32")}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_race_is_written_down(name, tmp_path):
+    result = measured(name)
+    write_json(tmp_path / "race.json", result)  # all of it is plain
+    ours, *others = result["rows"].values()
+    assert ours["over_ours"] == 1
+    assert others
+    for row in result["rows"].values():
+        assert row["seconds"] > 0
+    assert {len(s) for s in result["all_seconds"].values()} == {2}
+    assert ours["compile_s"] is not None
+    tolerance = result["agreement"]["tolerance"]
+    # in another dtype ours may differ from itself, and that is only shown
+    apart = [d for n, d in result["agreement"].items() if not n.endswith("as timed")]
+    assert max(apart) <= tolerance
+    if name != "nsga2":
+        assert result["roofline"]["of_measured"] > 0
+
+
+def test_bfloat16_is_timed_and_its_rounding_shown():
+    rounding = measured("rows")["agreement"]["forge_jax, as timed"]
+    assert 1e-4 < rounding < 3e-2
+    with_factors = decoders.cast(decoders.make_case(decoders.llama_spec(16, 1, 23), 2), "bfloat16")
+    leaf = with_factors.factors["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert (leaf.u.dtype, leaf.s.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_the_better_ceilings_count():
+    slow_then_fast = iter([{"flop": 1e6, "byte": 5e9}, {"flop": 4e9, "byte": 1e6}])
+    result = race.measure(made("rows"), 1, lambda: next(slow_then_fast))
+    assert result["ceilings"] == {"flop": 4e9, "byte": 5e9}
+    work = made("rows").work
+    least = work.flops / 4e9 + work.bytes / 5e9
+    assert result["roofline"]["seconds"] == pytest.approx(least)
+
+
+def test_floors_are_met_and_missed():
+    by_peer = {floor["what"].split(" / ")[0]: floor for floor in measured("scored")["floors"]}
+    assert by_peer[race.PUBLIC]["met"]
+    assert not by_peer[race.TORCH]["met"]
+    assert "MISSED by 100.0 %" in race.judged(by_peer[race.TORCH])
+    assert race.verdict("x", 9.0, 12.0)["missed_by"] == pytest.approx(0.25)
+    assert race.verdict("x", 12.0, 12.0)["met"]
+    assert race.verdict("x", 0.6, 0.5, at_most=True)["missed_by"] == pytest.approx(0.2)
+    assert race.verdict("x", 0.5, 0.5, at_most=True)["met"]
+    assert not race.verdict("x", float("nan"), 1.0)["met"]
+
+
+def test_the_factored_step_and_the_dense_one_are_both_shown():
+    result = measured("rl_step")
+    assert rl_step.DENSE in result["rows"]
+    (bound,) = [floor for floor in result["floors"] if floor["at_most"]]
+    assert bound["wanted"] == 0.5
+    assert measured("experts")["notes"]["faster"] in four_experts.WAYS
+
+
+def scaled(function):
+    """`function` with its result off by one in a thousand."""
+    return lambda *args, **kwargs: 1.001 * function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        *(("scored", side) for side in (race.PUBLIC, race.TORCH)),
+        *(("rl_step", side) for side in (race.PUBLIC, race.TORCH)),
+        *(("experts", side) for side in (race.PUBLIC, race.TORCH)),
+        ("rows", race.PUBLIC),
+    ],
+)
+def test_a_side_that_is_altered_ends_the_race(name, side, monkeypatch):
+    measured(name)
+    if side == race.PUBLIC:
+        monkeypatch.setattr(decoders, "rebuild", scaled(decoders.rebuild))
+    else:
+        monkeypatch.setattr(decoders.Factored, "forward", scaled(decoders.Factored.forward))
+    with pytest.raises(ValueError, match=f"{side} computed something else than forge_jax"):
+        race.check(made(name))
+
+
+@pytest.mark.parametrize("name", ["generated", "llama", "gpt2"])
+def test_other_tokens_end_the_race(name, monkeypatch):
+    measured(name)
+    real = population.continued
+
+    def altered(model, tokens, new_tokens):
+        head = model.get_output_embeddings().weight
+        with torch.no_grad():
+            head.neg_()
+            out = real(model, tokens, new_tokens)
+            head.neg_()
+        return out
+
+    monkeypatch.setattr(population if name == "generated" else generation, "continued", altered)
+    with pytest.raises(ValueError, match="computed something else"):
+        race.check(made(name))
+
+
+def test_other_ranks_or_values_end_the_race(monkeypatch):
+    peers = nsga2.their_ranks
+    monkeypatch.setattr(nsga2, "their_ranks", lambda points: peers(points) + (points[:, 0] > 1))
+    with pytest.raises(ValueError, match="pymoo computed something else"):
+        race.check(made("nsga2"))
+    full = decompose.theirs
+    monkeypatch.setattr(decompose, "theirs", lambda w: full({k: 1.001 * x for k, x in w.items()}))
+    with pytest.raises(ValueError, match=r"torch\.linalg\.svd computed something else"):
+        race.check(decompose.make(decompose.Shape(12), {}, 3e-6))
+
+
+def test_differences():
+    a, b = {"x": jnp.ones(3), "y": jnp.zeros(2) + 2}, {"x": torch.ones(3), "y": torch.full((2,), 4)}
+    assert race.relative(a, a) == 0
+    assert race.relative(a, b) == 0.5
+    assert race.relative(jnp.ones(3), torch.ones(4)) == np.inf
+    assert race.unequal(jnp.arange(4), torch.tensor([0, 1, 2, 4])) == 0.25
+    assert race.unequal(jnp.arange(4), torch.arange(3)) == np.inf
+
+
+def test_a_nan_is_a_difference():
+    entries = {"a": race.Contender(lambda: jnp.ones(2)), "b": race.Contender(lambda: jnp.nan)}
+    entries["b"] = race.Contender(lambda: jnp.array([1.0, jnp.nan]))
+    with pytest.raises(ValueError, match="nan"):
+        race.check(race.Race("x", "x", {}, entries, race.relative, 1.0))
+
+
+def test_the_median_is_of_the_rounds_ratios():
+    """By hand: a slow second round, on both sides, changes no ratio; medians 2 and 5 do."""
+    assert race.median_ratio([2.0, 60.0, 2.0], [1.0, 20.0, 5.0]) == 2.0
+    assert race.median_ratio([1.0, 9.0], [1.0, 3.0]) == 2.0
+
+
+def test_rounds_are_interleaved_and_the_first_is_not_counted():
+    calls = []
+    runs = {name: functools.partial(calls.append, name) for name in "ab"}
+    seconds = race.interleaved(runs, 3)
+    assert calls == list("ab" * 4)
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_ceilings_are_positive():
+    rates = race.ceilings(32, 1)
+    assert len(rates) == 4
+    assert all(rate > 0 for rate in rates.values())
+    assert next(iter(race.ceilings(32, 1, jnp.bfloat16))).startswith("bfloat16 product of 32")
+
+
+def test_counts_by_hand():
+    case = decoders.make_case(decoders.llama_spec(16, 1, 23), 2)
+    # four of 16 x 16, two of 16 x 64, one of 64 x 16, all of rank 16, and the head
+    factored = 4 * 16 * 32 + 3 * 16 * 80 + 16 * 23
+    work = decoders.decoder_work(case, 2, 3, factored=True, passes=5)
+    assert work.flops == 2 * factored * 6 + 4 * 2 * 9 * 16
+    assert work.bytes == 4 * factored * 5
+    dense = decoders.decoder_work(case, 2, 3, factored=False)
+    assert dense.bytes == 4 * (4 * 256 + 3 * 1024 + 16 * 23)
+    assert decompose.flops((4, 2)) == 6 * 4 * 4 + 20 * 8
+    assert nsga2.sphere_gap(nsga2.dtlz2(jnp.full((3, 4), 0.5))) == pytest.approx(0, abs=1e-6)
+
+
+def test_numbers_and_tables_are_shown():
+    assert [race.shown(x) for x in (None, 1234.5, 0.0123456, 12.34)] == [
+        "-",
+        "1,234",
+        "0.0123",
+        "12.3",
+    ]
+    assert race.markdown(("a", "b"), [("1", "2")]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+def test_the_page_has_every_race_and_every_floor(tmp_path):
+    names = ("gpt2", "scored", "rl_step", "nsga2")
+    for name in names:
+        write_json(tmp_path / f"{measured(name)['name']}.json", measured(name))
+    text = page.main(page.Args(tmp_path, tmp_path / "docs" / "page.md"))
+    assert (tmp_path / "docs" / "page.md").read_text() == text
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    wanted = ["Machine", *(measured(n)["name"] for n in ("scored", "rl_step", "gpt2", "nsga2"))]
+    assert titles == [f"## {title}" for title in wanted]
+    assert "Not run here: population_generation, four_experts, rows, decompose." in text
+    assert text.count("missed by 100.0 %") == 1
+    assert len(read_json(tmp_path / "result.json")["races"]) == 4
+    assert page.render(page.read(tmp_path)) == text  # result.json is no race
+
+
+def test_a_crowded_machine_is_named():
+    quiet = {"load": 2.1, "provenance": {"cores": 2}}
+    assert page.crowded(quiet) == ""
+    assert "not to be relied on" in page.crowded(quiet | {"load": 3.0})
+
+
+def test_a_directory_without_results_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no results"):
+        page.read(tmp_path)
+
+
+def test_one_command_runs_every_module(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: calls.append(command))
+    write_json(tmp_path / "x.json", measured("scored"))
+    every.main(every.Args(tmp_path, rounds=3))
+    assert [c[2].rpartition(".")[2] for c in calls] == list(every.MODULES)
+    assert all(c[3:] == [str(tmp_path), "--rounds", "3", "--dtype", "float32"] for c in calls)
+    assert (tmp_path / "performance.md").exists()
+    assert race.PUBLIC in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`only` must be among"):
+        every.main(every.Args(tmp_path, only=("nonsense",)))
+
+
+def test_a_module_writes_its_races(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(race, "prepare", lambda dtype, threads: None)
+    monkeypatch.setattr(race, "ceilings", lambda dtype: RATES)
+    race.command(race.Args(tmp_path, rounds=1), lambda dtype: iter([made("rows")]))
+    result = read_json(tmp_path / "rows_of_experts.json")
+    assert result["provenance"]["versions"]["jax"] == jax.__version__
+    assert race.installed("no-such-package-of-ours") is None
+    assert f"{race.PUBLIC} / forge_jax" in capsys.readouterr().out
+
+
+def test_one_thread_everywhere(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    found = decompose.environment()
+    assert found["OMP_NUM_THREADS"] == found["OPENBLAS_NUM_THREADS"] == "1"
+    assert "intra_op_parallelism_threads=1" in found["XLA_FLAGS"]
