@@ -209,8 +209,10 @@ def show(summary: dict[str, Any]) -> None:
         said = ", ".join(f"{k} {100 * v:.0f}" for k, v in row["test"].items())
         print(f"few-shot seed {row['seed']}, {row['domain']}: {said} (single: {row['single']})")
     for other, d in summary["few_shot"]["found_less"].items():
-        points = (f"{100 * d[k]:+.1f}" for k in ("mean", "low", "high"))
-        print("few-shot less {}: {} points (95 % {} to {})".format(other, *points))
+        said = "one seed has no interval"
+        if d["low"] is not None:
+            said = f"95 % {100 * d['low']:+.1f} to {100 * d['high']:+.1f}"
+        print(f"few-shot less {other}: {100 * d['mean']:+.1f} points ({said})")
 
 
 @runs.clean_errors()

@@ -120,7 +120,7 @@ def train_expert(
     delta = jax.tree.map(jnp.zeros_like, svf.identity(factors))
     state, rng = tx.init(delta), np.random.default_rng(seed)
     for _ in range(steps):
-        part = asked.rows(rng.choice(len(asked.label), 32, replace=False))
+        part = asked.rows(rng.choice(len(asked.label), min(32, len(asked.label)), replace=False))
         delta, state = step(factors, delta, state, part)
     return jax.tree.map(lambda d: 1 + d, delta)
 

@@ -49,7 +49,8 @@ class Args:
     unplanted: tuple[str, ...] = ("bits",)
     """tasks without planted frequencies, scored and reported apart"""
     reward: str = "task"
-    """task: that of each task's data; exact, numeric, or your own package.module:function"""
+    """task: that of each task's data; exact, numeric, unit_tests (in a sandbox), or your own
+    package.module:function"""
     select: Literal["attention", "mlp", "both"] = "both"
     """matrices that get a z"""
     max_full: int = 4096

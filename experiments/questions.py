@@ -107,8 +107,8 @@ def reworded(items: Sequence[Item], domain: str, kind: Kind) -> list[Item]:
 def asking(question: str, names: Sequence[str], boxed: bool = False) -> str:
     """The prompt that asks what kind of question this is; the label comes next."""
     listed = ", ".join(names)
-    end = "The kind is \\boxed{" if boxed else "The kind:\n"
-    return f"{question.rstrip()}\nWhich kind of question is this: {listed}, or other?\n{end}"
+    end = "\\boxed{" if boxed else ""
+    return f"{question.rstrip()}\nKind: {listed} or other?\n{end}"
 
 
 class Asked(NamedTuple):

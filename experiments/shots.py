@@ -37,11 +37,12 @@ def mixed_domain(problem: Problem, seed: int, shots: int, tests: int):
 
 
 def interval(differences: list[float]) -> dict[str, Any]:
-    """Mean of paired differences with its 95 % t interval."""
+    """Mean of paired differences with its 95 % t interval, which one difference does not have."""
     x = np.array(differences)
-    mean, half = float(x.mean()), float("nan")
-    if len(x) > 1:
-        half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    mean = float(x.mean())
+    if len(x) == 1:
+        return {"mean": mean, "low": None, "high": None, "seeds": 1}
+    half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(x)}
 
 

@@ -2,14 +2,34 @@
 
 import importlib
 import math as _math
+import re
 from collections.abc import Callable
 from typing import Any
 
-from forge_jax.domains import exact, math
+from experiments import sandbox
+from forge_jax.domains import exact, math, signed
 
 Reward = Callable[[str, str], float]
-NAMED: dict[str, Reward] = {"exact": exact, "numeric": math.reward}
-"""exact: the answer and nothing else; numeric: the response's final number is the answer's"""
+
+
+def unit_tests(response: str, answer: str) -> float:
+    """+1 where the response is a program after which the answer's asserts hold, else -1.
+
+    Both run in `experiments.sandbox`, and are refused where there is none.
+    """
+    return signed(sandbox.passes(program_of(response), answer))
+
+
+def program_of(response: str) -> str:
+    """The first fenced block of a response, or all of it."""
+    found = FENCE.search(response)
+    return found.group(1) if found else response
+
+
+FENCE = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
+NAMED: dict[str, Reward] = {"exact": exact, "numeric": math.reward, "unit_tests": unit_tests}
+"""exact: the answer and nothing else; numeric: the response's final number is the answer's;
+unit_tests: the answers are asserts"""
 
 
 def reward_of(name: str) -> Reward | None:
@@ -22,6 +42,8 @@ def reward_of(name: str) -> Reward | None:
     """
     if name == "task":
         return None
+    if name == "unit_tests" and (why := sandbox.missing()) is not None:
+        raise ValueError(f"`--reward unit_tests` runs programs, and here none are run: {why}.")
     if name in NAMED:
         return NAMED[name]
     module, colon, attribute = name.partition(":")

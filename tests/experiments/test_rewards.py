@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.data.rewards import reward_of
+from experiments import sandbox
+from experiments.data.rewards import program_of, reward_of
 
 
 def test_the_named_ones_say_what_counts():
@@ -36,3 +37,19 @@ def test_a_function_of_ones_own(monkeypatch):
 def test_what_is_no_reward_is_refused(name):
     with pytest.raises(ValueError, match="reward"):
         reward_of(name)
+
+
+@pytest.mark.skipif(sandbox.missing() is not None, reason="no sandbox here")
+def test_unit_tests_are_run():
+    reward = reward_of("unit_tests")
+    assert reward is not None
+    said = "Here it is:\n```python\ndef f(x):\n    return 2 * x\n```\nDone."
+    assert program_of(said) == "def f(x):\n    return 2 * x\n"
+    assert reward(said, "assert f(2) == 4") == 1
+    assert reward(said, "assert f(2) == 5") == -1
+
+
+def test_unit_tests_are_refused_without_a_sandbox(monkeypatch):
+    monkeypatch.setattr(sandbox, "missing", lambda: "namespaces are not to be had")
+    with pytest.raises(ValueError, match="none are run: namespaces"):
+        reward_of("unit_tests")
