@@ -28,7 +28,7 @@ from experiments.problem import Problem
 from experiments.questions import Asked, make_sets, wordings_of
 from experiments.shots import few_shot
 from experiments.training import DEFAULTS, Settings, make_tx
-from forge_jax import adapt
+from forge_jax import adapt, svf
 from forge_jax.domains import DOMAINS
 from interop import load_phase8
 
@@ -89,7 +89,7 @@ PRESETS = {
 }
 
 
-def load(args: Args) -> tuple[Problem, dict[str, np.ndarray] | None]:
+def load(args: Args) -> tuple[Problem, dict[str, Any] | None]:
     """The base with its tasks, and the experts, {path: (K, r)}, unless they are to be trained.
 
     Raises:
@@ -247,7 +247,7 @@ def talk(args: Args) -> None:
     assert z is not None
     sets = make_sets(made, {"fit": ("train", "fit", args.fit_items)})
     ways = dispatching.fit(made, sets, 0, args.seed)
-    padded = adapt.pad_experts(z, len(made.tasks) + ROOM)
+    padded = svf.pad_experts(z, len(made.tasks) + ROOM)
     chat(make_reply(made, padded, ways))
 
 

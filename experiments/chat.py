@@ -14,7 +14,7 @@ from experiments.data.batches import pad, prompt_rows
 from experiments.dispatching import Ways
 from experiments.model import texts
 from experiments.problem import Problem
-from forge_jax import adapt
+from forge_jax import adapt, svf
 from forge_jax.models import generate, with_hidden
 
 NEW = 96
@@ -57,9 +57,9 @@ def make_reply(problem: Problem, experts, ways: Ways) -> Callable[[str], Reply]:
 
     @jax.jit
     def second(factors, experts, alpha, tokens, mask):
-        rows = adapt.row_scales(factors, experts, alpha)
+        rows = svf.row_scales(factors, experts, alpha)
         return generate(
-            partial(model.adapted.apply, {"params": factors}, scales=rows),
+            svf.apply_rows(model.adapted, factors, rows),
             model.decoder.spec,
             tokens,
             mask,

@@ -13,7 +13,7 @@ from experiments.dispatching import ROOM, Ways
 from experiments.problem import Problem
 from experiments.questions import Asked
 from experiments.scoring import exact_rewards
-from forge_jax import adapt
+from forge_jax import adapt, svf
 from forge_jax.models import Respond
 
 
@@ -42,8 +42,8 @@ def accuracy(made: Problem, z, ways: Ways, way: str, asked: Asked) -> dict[str, 
         return exact_rewards(out.answer.tokens, asked.plain) > 0
 
     count = len(made.tasks)
-    padded = adapt.pad_experts(z, count + ROOM)
-    fewer = adapt.pad_experts({k: v[:-1] for k, v in z.items()}, count + ROOM)
+    padded = svf.pad_experts(z, count + ROOM)
+    fewer = svf.pad_experts({k: v[:-1] for k, v in z.items()}, count + ROOM)
     own = served(factors, padded, ways, asked)
     oracle = told(factors, padded, jnp.asarray(asked.label), asked)
     right, known = scored(own), scored(oracle)
@@ -74,7 +74,7 @@ def costs(made: Problem, z, ways: Ways, way: str, asked: Asked) -> dict[str, flo
     """Milliseconds, batch 1: a prefill, the first pass, the second one with 96 new tokens."""
     adapted, factors = made.model.adapted, made.weights["factors"]
     one = asked.rows(slice(0, 1))
-    padded = adapt.pad_experts(z, len(made.tasks) + ROOM)
+    padded = svf.pad_experts(z, len(made.tasks) + ROOM)
     alpha = jax.nn.one_hot(one.label, len(made.tasks) + ROOM)
     respond = Respond(made.model.decoder.spec, NEW)
 
@@ -93,8 +93,8 @@ def costs(made: Problem, z, ways: Ways, way: str, asked: Asked) -> dict[str, flo
 
     @jax.jit
     def second(factors, experts, alpha, part: Asked):
-        rows = adapt.row_scales(factors, experts, alpha)
-        return respond(base(factors, scales=rows), part.plain)
+        rows = svf.row_scales(factors, experts, alpha)
+        return respond(svf.apply_rows(adapted, factors, rows), part.plain)
 
     def median(function) -> float:
         return 1e3 * float(np.median(measure.seconds(function)))

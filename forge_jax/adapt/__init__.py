@@ -15,6 +15,4 @@ from forge_jax.adapt.few_shot import Found as Found
 from forge_jax.adapt.few_shot import OnShots as OnShots
 from forge_jax.adapt.serve import Answered as Answered
 from forge_jax.adapt.serve import check_experts as check_experts
-from forge_jax.adapt.serve import pad_experts as pad_experts
-from forge_jax.adapt.serve import row_scales as row_scales
 from forge_jax.adapt.serve import two_pass as two_pass

@@ -4,8 +4,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
@@ -21,30 +19,6 @@ class Answered(NamedTuple):
     choice: Choice
     alpha: Float[Array, "batch experts"]
     answer: Any  # what `answer` returned
-
-
-def row_scales(
-    factors: PyTree[Any], experts: Experts, alpha: Float[Array, "batch experts"]
-) -> dict[str, Float[Array, "batch 1 r"]]:
-    """The singular values of every row's own mixture, for `Transformed.apply(scales=...)`."""
-    z = jax.vmap(lambda row: svf.mix(experts, row))(alpha)
-    return {name: s[:, None] for name, s in svf.scales(factors, z).items()}
-
-
-def pad_experts(experts: Experts, room: int) -> dict[str, Float[Array, "room r"]]:
-    """The experts and, up to `room`, copies of the base (z = 1), to be replaced by experts to come.
-
-    Programs compiled for `room` experts serve any number up to it.
-
-    Raises:
-        ValueError: there are more.
-    """
-    out = {}
-    for name, z in experts.items():
-        if len(z) > room:
-            raise ValueError(f"There is room for {room} experts, got {len(z)} of {name}.")
-        out[name] = jnp.concatenate([jnp.asarray(z), jnp.ones((room - len(z), *z.shape[1:]))])
-    return out
 
 
 def check_experts(factors: PyTree[Any], experts: Experts) -> None:
@@ -78,7 +52,7 @@ def two_pass(
 
     The second pass runs each row with the z of its own expert; all rows share U and Vt in one
     product. Nothing is grouped or reloaded, and switching experts costs a gather. A new expert in
-    padded experts and labels (`pad_experts`, `make_labels`) compiles nothing again.
+    padded experts and labels (`svf.pad_experts`, `make_labels`) compiles nothing again.
 
     Args:
         adapted: the model, from `svf.transform`.
@@ -93,5 +67,5 @@ def two_pass(
     apply = functools.partial(adapted.apply, {"params": factors})
     choice = classify(apply, batch)
     alpha = choice.alpha(len(next(iter(experts.values()))))
-    rows = functools.partial(apply, scales=row_scales(factors, experts, alpha))
+    rows = svf.apply_rows(adapted, factors, svf.row_scales(factors, experts, alpha))
     return Answered(choice, alpha, answer(rows, batch))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forge_jax import adapt, models
+from forge_jax import adapt, models, svf
 
 NEW = 4
 
@@ -68,11 +68,11 @@ def test_a_mixed_batch_equals_its_rows_one_by_one(case, batch, answer, served):
     """Three experts and the base in one step; and they do write different things."""
     choices = np.array([0, 1, 2, -1, 2, 1, 0, -1])
     run, traces = served
-    got = run(adapt.pad_experts(case.experts, 5), choices)
+    got = run(svf.pad_experts(case.experts, 5), choices)
     want = one_by_one(case, batch, answer, choices)
     np.testing.assert_array_equal(got.answer.tokens, want.tokens)
     np.testing.assert_array_equal(got.answer.mask, want.mask)
-    other = run(adapt.pad_experts(case.experts, 5), np.roll(choices, 1))
+    other = run(svf.pad_experts(case.experts, 5), np.roll(choices, 1))
     assert (np.asarray(other.answer.tokens) != want.tokens).any()
     assert got.alpha.shape == (8, 5)
     assert len(traces) == 1
@@ -82,8 +82,8 @@ def test_an_expert_that_comes_later_compiles_nothing(case, served):
     run, traces = served
     two = {k: z[:2] for k, z in case.experts.items()}
     choices = np.array([0, 1, 2, -1, 2, 1, 0, -1])
-    before = run(adapt.pad_experts(two, 5), choices)
-    after = run(adapt.pad_experts(case.experts, 5), choices)
+    before = run(svf.pad_experts(two, 5), choices)
+    after = run(svf.pad_experts(case.experts, 5), choices)
     assert len(traces) == 1
     changed = (np.asarray(before.answer.tokens) != np.asarray(after.answer.tokens)).any(axis=1)
     assert changed.any()
@@ -93,18 +93,13 @@ def test_an_expert_that_comes_later_compiles_nothing(case, served):
 def test_mixtures_may_differ_row_by_row(case):
     """Fractions too, against the materialised weights of each."""
     alpha = np.random.default_rng(1).uniform(0, 1, (8, 3)).astype(np.float32)
-    rows = adapt.row_scales(case.factors, case.experts, jnp.asarray(alpha))
-    got, _ = case.base()(case.tokens, case.mask, scales=rows)
+    rows = svf.row_scales(case.factors, case.experts, jnp.asarray(alpha))
+    got, _ = svf.apply_rows(case.adapted, case.factors, rows)(case.tokens, case.mask)
     for i in (0, 5):
         row = (case.tokens[i : i + 1], case.mask[i : i + 1])
         want, _ = case.decoder.apply({"params": case.params_of(alpha[i])}, *row)
         live = case.mask[i]
         np.testing.assert_allclose(got[i][live], want[0][live], atol=1e-3)
-
-
-def test_no_room_for_so_many_experts(case):
-    with pytest.raises(ValueError, match="room for 2"):
-        adapt.pad_experts(case.experts, 2)
 
 
 def test_experts_of_another_model_are_refused(case):

@@ -99,6 +99,7 @@ def test_the_better_ceilings_count():
     result = race.measure(made("rows"), 1, lambda: next(slow_then_fast))
     assert result["ceilings"] == {"flop": 4e9, "byte": 5e9}
     work = made("rows").work
+    assert work is not None
     least = work.flops / 4e9 + work.bytes / 5e9
     assert result["roofline"]["seconds"] == pytest.approx(least)
 
