@@ -99,7 +99,8 @@ class Case:
         return weights, parallel.shard(mesh, self.state, stacked), batch, responses
 
     def questions(self, mesh):
-        parts = {name: getattr(self.batch, name) for name in models.Questions._fields}
+        names = ("tokens", "mask", "answers", "answer_mask")
+        parts = {name: getattr(self.batch, name) for name in names}
         return parallel.shard(mesh, models.Questions(**parts), parallel.ROWS)
 
     def population(self, mesh, weights, score, form: Any = "factored"):
