@@ -1,0 +1,13 @@
+"""Cognate: TRM recursion over a Titans-MAG backbone."""
+
+from forge_jax.models.cognate.config import SPECIALIZATIONS as SPECIALIZATIONS
+from forge_jax.models.cognate.config import CognateConfig as CognateConfig
+from forge_jax.models.cognate.config import Controls as Controls
+from forge_jax.models.cognate.config import Specialization as Specialization
+from forge_jax.models.cognate.config import halt_threshold as halt_threshold
+from forge_jax.models.cognate.config import stack_controls as stack_controls
+from forge_jax.models.cognate.model import Carry as Carry
+from forge_jax.models.cognate.model import Cognate as Cognate
+from forge_jax.models.cognate.model import Outputs as Outputs
+from forge_jax.models.cognate.model import count_parameters as count_parameters
+from forge_jax.models.cognate.model import init_carry as init_carry
