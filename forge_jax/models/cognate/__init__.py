@@ -11,3 +11,6 @@ from forge_jax.models.cognate.model import Cognate as Cognate
 from forge_jax.models.cognate.model import Outputs as Outputs
 from forge_jax.models.cognate.model import count_parameters as count_parameters
 from forge_jax.models.cognate.model import init_carry as init_carry
+from forge_jax.models.cognate.loss import IGNORED as IGNORED
+from forge_jax.models.cognate.loss import loss as loss
+from forge_jax.models.cognate.loss import next_token_labels as next_token_labels

@@ -123,7 +123,7 @@ def turn_of(config: CognateConfig, heads: int, positions: Int[Array, "batch time
 
 
 def reach_of(config: CognateConfig, is_backbone: bool) -> tuple[int, int]:
-    """Tokens seen before and after; the reference's backbone looks both ways, its TRM everywhere."""
+    """Tokens seen before and after; in the reference both ways, the recursion everywhere."""
     if not config.is_reference:
         return config.window - 1, 0
     half = config.window // 2 if is_backbone else EVERYTHING
@@ -132,7 +132,11 @@ def reach_of(config: CognateConfig, is_backbone: bool) -> tuple[int, int]:
 
 def behind(cache: KeysValues, new: KeysValues) -> KeysValues:
     """The cached keys and values with those of the current tokens behind them."""
-    return tuple(jnp.concatenate([old, x.astype(old.dtype)], 2) for old, x in zip(cache, new))  # type: ignore
+    keys, values = (
+        jnp.concatenate([old.astype(x.dtype), x], axis=2)
+        for old, x in zip(cache, new, strict=True)
+    )
+    return keys, values
 
 
 class WindowAttention(nn.Module):

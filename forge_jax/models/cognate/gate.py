@@ -1,4 +1,4 @@
-"""Memory as a gate (MAG): how much of each feature comes from the stack and how much from memory."""
+"""Memory as a gate (MAG): what of each feature comes from the stack, and what from memory."""
 
 import flax.linen as nn
 import jax

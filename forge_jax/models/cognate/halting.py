@@ -85,6 +85,6 @@ def act_weights(
 def realised_steps(
     logits: Float[Array, "answers *tokens"], threshold: Float[Array, ""] | float
 ) -> Int[Array, "*tokens"]:
-    """Answers made until the halting probability is above `threshold`, from 1; all if it never is."""
+    """Answers made, from 1, until the halting probability is above `threshold`; all if never."""
     halts = (jax.nn.sigmoid(logits) > threshold).at[-1].set(True)
     return jnp.argmax(halts, axis=0) + 1

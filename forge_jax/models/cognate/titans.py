@@ -120,7 +120,7 @@ def relative_surprise(
 def damping(
     keys: Float[Array, "time d_mem"], rate: Float[Array, " time"], document: Array
 ) -> Float[Array, " time"]:
-    r"""What is left to learn at t after the tokens s < t of its chunk: $\prod_s (1 - 2\theta_s (k_s^T k_t)^2)$.
+    r"""What is left to learn after the tokens s < t of the chunk: $\prod_s 1 - 2\theta_s (k_s^T k_t)^2$.
 
     Our addition. Gradients taken at the chunk's start know nothing of each other, so that a key
     that comes C times would be corrected C times over, and diverge. With this factor C equal keys
