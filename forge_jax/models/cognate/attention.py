@@ -133,8 +133,7 @@ def reach_of(config: CognateConfig, is_backbone: bool) -> tuple[int, int]:
 def behind(cache: KeysValues, new: KeysValues) -> KeysValues:
     """The cached keys and values with those of the current tokens behind them."""
     keys, values = (
-        jnp.concatenate([old.astype(x.dtype), x], axis=2)
-        for old, x in zip(cache, new, strict=True)
+        jnp.concatenate([old.astype(x.dtype), x], axis=2) for old, x in zip(cache, new, strict=True)
     )
     return keys, values
 

@@ -63,7 +63,9 @@ class Outputs(NamedTuple):
     carry: Carry
 
 
-def _empty(config: CognateConfig, batch: int, slots: int, memory) -> Carry:
+def empty_carry(config: CognateConfig, batch: int, slots: int, memory) -> Carry:
+    """A carry of no tokens, with room for `slots` keys."""
+
     def pair(heads, *stack):
         zeros = jnp.zeros((*stack, batch, heads, slots, config.d_model // heads))
         return zeros, zeros
@@ -82,7 +84,7 @@ def _empty(config: CognateConfig, batch: int, slots: int, memory) -> Carry:
 def init_carry(config: CognateConfig, params: Any, batch: int) -> Carry:
     """The carry before any token of `batch` streams."""
     memory = init_memory(config, params["backbone"]["ltm"], batch)
-    return _empty(config, batch, config.window - 1, memory)
+    return empty_carry(config, batch, config.window - 1, memory)
 
 
 class GatedMlp(nn.Module):
@@ -176,7 +178,7 @@ class Cognate(nn.Module):
         """The backbone alone; the carry's recursion part is still that of the tokens before."""
         segments = check_tokens(self.config, tokens, segments)
         if carry is None:
-            carry = _empty(self.config, tokens.shape[0], 0, None)
+            carry = empty_carry(self.config, tokens.shape[0], 0, None)
         elif carry.last.shape[0] != tokens.shape[0]:
             raise ValueError(
                 f"`carry` must be of {tokens.shape[0]} rows, as `tokens` are, got "
@@ -218,7 +220,7 @@ class Cognate(nn.Module):
         """
         features, new = self.features(tokens, segments, carry, controls, deterministic)
         if carry is None:
-            carry = _empty(self.config, tokens.shape[0], 0, None)
+            carry = empty_carry(self.config, tokens.shape[0], 0, None)
         turn = turn_of(self.config, self.config.answer_heads, features.place.positions)
         answers, latents, caches = self.trm(
             features.values, features.place, turn, carry.features, carry.answers

@@ -109,18 +109,18 @@ def relative_surprise(
 
     It is 1/2 for a token as surprising as the document's mean so far, 1 for the first.
     """
-    keep = jnp.where(is_first, 0.0, 1.0)
-    sums = linear_recurrence(keep, surprise, state.surprise)
-    counts = linear_recurrence(keep, jnp.ones_like(surprise), state.tokens)
-    past, past_count = keep * before(sums, state.surprise), keep * before(counts, state.tokens)
+    keep = jnp.where(is_first, 0.0, 1.0)[:, None]
+    start = jnp.stack([state.surprise, state.tokens])
+    totals = linear_recurrence(keep, jnp.stack([surprise, jnp.ones_like(surprise)], 1), start)
+    past, past_count = (keep * before(totals, start)).T
     mean = past / jnp.maximum(past_count, 1.0)
-    return surprise / (surprise + mean + 1e-12), sums[-1], counts[-1]
+    return surprise / (surprise + mean + 1e-12), totals[-1, 0], totals[-1, 1]
 
 
 def damping(
     keys: Float[Array, "time d_mem"], rate: Float[Array, " time"], document: Array
 ) -> Float[Array, " time"]:
-    r"""What is left to learn after the tokens s < t of the chunk: $\prod_s 1 - 2\theta_s (k_s^T k_t)^2$.
+    r"""What the tokens s < t of the chunk leave to learn: $\prod_s 1 - 2\theta_s |k_s^T k_t|$.
 
     Our addition. Gradients taken at the chunk's start know nothing of each other, so that a key
     that comes C times would be corrected C times over, and diverge. With this factor C equal keys
@@ -128,8 +128,20 @@ def damping(
     token, are as in the paper.
     """
     earlier = jnp.tril(document[:, None] == document, -1)
-    left = 1 - jnp.minimum(2 * rate, 1) * (keys @ keys.T) ** 2
+    left = 1 - jnp.minimum(2 * rate, 1) * jnp.minimum(jnp.abs(keys @ keys.T), 1)
     return jnp.prod(jnp.where(earlier, left, 1), axis=1)
+
+
+def curvature(
+    squares: Float[Array, " time"], errors: Float[Array, "time d_mem"]
+) -> Float[Array, " time"]:
+    r"""How far a step of 1/2 along the gradient moves the recall, in units of its error, at least 1.
+
+    $\|\nabla\ell\|^2 / 4\ell$, which is 1 for a linear memory and a key of unit length. Our
+    addition: a deep memory steps by $\theta$ over this, and so does not overshoot where its inner
+    features or its later matrices are large. `errors` are $2 (\mathcal{M}(k) - v)$.
+    """
+    return jnp.maximum(squares / ((errors**2).sum(-1) + 1e-12), 1.0)
 
 
 def recall_chunk(
@@ -154,30 +166,32 @@ def recall_chunk(
     inputs, errors = gradients(writes, products)
 
     squares = sum((e**2).sum(-1) * (x**2).sum(-1) for e, x in zip(errors, inputs, strict=True))
-    surprise = jnp.sqrt(squares + 1e-12)
+    surprise = jax.lax.stop_gradient(jnp.sqrt(squares))
     relative, total, tokens = relative_surprise(surprise, writes.is_first, state)
-    gate = jax.lax.stop_gradient(jax.nn.sigmoid((relative - surprise_threshold) / temperature))
+    gate = jax.nn.sigmoid((relative - surprise_threshold) / temperature)
     rate = writes.theta * gate
-    step = rate * damping(writes.keys, rate, document)
+    # scales the step and is no thing to learn from
+    slow = jax.lax.stop_gradient(curvature(squares, errors[-1]))
+    step = rate * damping(writes.keys, rate, document) / slow
 
     # column s < time: what is left of token s's step; column `time`: of the momentum at the start
     goes_on = jnp.where(writes.is_first, 0.0, 1.0)[:, None]
-    eta, keep = goes_on * writes.eta[:, None], goes_on * writes.keep[:, None]
-    sources, carried = jnp.eye(time, time + 1), jnp.eye(time + 1)[time]
-    in_momentum = linear_recurrence(eta, sources, carried)
-    in_weights = linear_recurrence(keep, in_momentum, jnp.zeros(time + 1))
-    # of the weights at the start, the chunk's or the document's
-    of_start = linear_recurrence(
-        keep[:, 0], jnp.where(writes.is_first, writes.keep, 0.0), jnp.ones(())
-    )
-    held = linear_recurrence(keep[:, 0], gate, state.held)
+    carried = jnp.eye(time + 1)[time]
+    in_momentum = linear_recurrence(goes_on * writes.eta[:, None], jnp.eye(time, time + 1), carried)
+    # two columns more: what is left of the start's weights, the chunk's or the document's, and the
+    # tokens held
+    begun = jnp.where(writes.is_first, writes.keep, 0.0)
+    added = jnp.concatenate([in_momentum, begun[:, None], gate[:, None]], axis=1)
+    start = jnp.concatenate([jnp.zeros(time + 1), jnp.ones(1), state.held[None]])
+    in_weights = linear_recurrence(goes_on * writes.keep[:, None], added, start)
+    held = jax.lax.stop_gradient(in_weights[:, time + 2])
 
-    past = goes_on * before(in_weights, jnp.zeros(time + 1))
-    past_start = jnp.where(writes.is_first, 1.0, before(of_start, jnp.ones(())))[:, None]
+    past = goes_on * before(in_weights, start)
+    past_start = past[:, time + 1 : time + 2] + 1 - goes_on
     h = queries
     for layer, (x, error) in enumerate(zip(inputs, errors, strict=True)):
         written = (past[:, :time] * (h @ x.T)) @ (step[:, None] * error)
-        momentum = past[:, time:] * (h @ state.momentum[layer])
+        momentum = past[:, time : time + 1] * (h @ state.momentum[layer])
         h = past_start * products(layer, h) + momentum - written
         h = jax.nn.silu(h) if layer < products.depth - 1 else h
 
@@ -185,12 +199,14 @@ def recall_chunk(
         """Sum of outer products and of what was carried, at the chunk's end."""
         scale = (coefficients[:time] * step)[:, None]
         return tuple(
-            begun + coefficients[time] * s - x.T @ (scale * e)
-            for begun, s, x, e in zip(start, state.momentum, inputs, errors, strict=True)
+            w + coefficients[time] * s - x.T @ (scale * e)
+            for w, s, x, e in zip(start, state.momentum, inputs, errors, strict=True)
         )
 
     last = jax.tree.map(
-        lambda w, w0: of_start[-1] * jnp.where(document[-1] > 0, w0, w), state.weights, initial
+        lambda w, w0: in_weights[-1, time + 1] * jnp.where(document[-1] > 0, w0, w),
+        state.weights,
+        initial,
     )
     weights = after(in_weights[-1], last)
     momentum = after(in_momentum[-1], (jnp.float32(0),) * products.depth)

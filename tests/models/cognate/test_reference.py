@@ -35,13 +35,14 @@ CONFIG = CognateConfig(
     compat="reference",
 )
 BATCH, TIME = 3, 12
+QUICK = {"xla_backend_optimization_level": 0}  # half the time to compile
 
 
 def draw_params():
     """Random values in every leaf, so that no bias or norm is at a value that hides it."""
-    shapes = jax.eval_shape(
-        Cognate(CONFIG).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
-    )["params"]
+    shapes = jax.eval_shape(Cognate(CONFIG).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))[
+        "params"
+    ]
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -109,9 +110,7 @@ def oracle(params, tokens, labels, memory, threshold, deep):
         states.append(state)
     m = linear(torch.stack(states, 1), backbone["ltm"]["w_up"])
     p = backbone["mag_gate"]
-    g = torch.sigmoid(
-        linear(torch.relu(linear(torch.cat([y, m], -1), p["w_concat"])), p["w_gate"])
-    )
+    g = torch.sigmoid(linear(torch.relu(linear(torch.cat([y, m], -1), p["w_concat"])), p["w_gate"]))
     entropy = -(g * torch.log(g + 1e-8) + (1 - g) * torch.log(1 - g + 1e-8))
     features = g * y + (1 - g) * m
 
@@ -137,7 +136,7 @@ def oracle(params, tokens, labels, memory, threshold, deep):
     ]
     ces = [F.cross_entropy(x.flatten(0, 1), labels.flatten(), ignore_index=-100) for x in logits]
     weights = CONFIG.step_weights
-    ce = sum(w * x for w, x in zip(weights, ces)) / sum(weights) if deep else ces[-1]
+    ce = sum(w * x for w, x in zip(weights, ces, strict=True)) / sum(weights) if deep else ces[-1]
     act, gate = 0.01 * sum(steps) / BATCH, -1e-3 * entropy.mean()
     return {
         "logits": torch.stack(logits),
@@ -176,7 +175,7 @@ def test_forward_and_gradients_are_the_public_models(deep, threshold):
         logits = Cognate(config).apply({"params": params}, outputs.answers, method="logits")
         return total, (outputs, metrics, logits)
 
-    run = jax.jit(jax.value_and_grad(run, has_aux=True))
+    run = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=QUICK)
     (total, (outputs, metrics, logits)), grads = run(params)
 
     def close(got, want):
@@ -209,7 +208,7 @@ def test_the_defect_is_there_too():
         outputs = model.apply({"params": params}, jnp.array(tokens))
         return loss_of(config, params, outputs, jnp.array(labels), Controls())[0]
 
-    grads = jax.jit(jax.grad(total))(draw_params())
+    grads = jax.jit(jax.grad(total), compiler_options=QUICK)(draw_params())
     for part in ("layers", "ltm", "mag_gate", "norm", "pos_emb"):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["backbone"][part]))
     assert np.any(grads["backbone"]["token_emb"]["embedding"])
