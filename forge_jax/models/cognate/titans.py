@@ -135,7 +135,7 @@ def damping(
 def curvature(
     squares: Float[Array, " time"], errors: Float[Array, "time d_mem"]
 ) -> Float[Array, " time"]:
-    r"""How far a step of 1/2 along the gradient moves the recall, in units of its error, at least 1.
+    r"""How far a step of 1/2 moves the recall, in units of its error; at least 1.
 
     $\|\nabla\ell\|^2 / 4\ell$, which is 1 for a linear memory and a key of unit length. Our
     addition: a deep memory steps by $\theta$ over this, and so does not overshoot where its inner
