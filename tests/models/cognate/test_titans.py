@@ -102,15 +102,17 @@ def test_matches_the_loop(chunk, threshold, firsts):
     assert np.abs(reads[-1] - silu(queries[-1] @ weights[0]) @ weights[1]).max() > 0.05
 
 
-def test_a_key_that_comes_again_and_again_is_learned_not_overshot():
-    weights, writes, _ = draw(time=32)
+def test_a_key_that_comes_again_is_learned_step_by_step_not_overshot():
+    """A linear memory that sees one pair over and over, in chunks: as the delta rule, one by one."""
+    weights, writes, _ = draw()
     key, value = writes.keys[0], writes.values[0]
-    same = np.tile(key, (32, 1)), np.tile(value, (32, 1))
-    rates = writes._replace(theta=np.full(32, 0.3), eta=np.zeros(32), keep=np.ones(32))
-    read, _, _ = run(weights, Writes(*same, *rates[2:]), same[0], -np.inf, 16)
-    far = np.linalg.norm(np.asarray(read) - value, axis=1)
-    assert far[-1] < 0.2 * far[0]
-    assert far.max() < 1.5 * far[0]
+    ones = np.ones(TIME, np.float32)
+    pairs = np.outer(ones, key), np.outer(ones, value)
+    same = Writes(*pairs, 0.3 * ones, 0 * ones, ones, writes.is_first)
+    read, state, _ = run(weights[:1], same, pairs[0], -np.inf, 4)
+    far = np.asarray(read) - value
+    np.testing.assert_allclose(far, 0.4 ** np.arange(TIME)[:, None] * far[0], atol=1e-5)
+    assert np.abs(np.asarray(state.weights[0]) - weights[0]).max() > 0.1
 
 
 CONFIG = CognateConfig(vocab_size=9, d_model=8, d_mem=6, memory_chunk=4, heads=2, answer_heads=2)
