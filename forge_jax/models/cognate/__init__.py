@@ -10,8 +10,10 @@ from forge_jax.models.cognate.decode import Inference as Inference
 from forge_jax.models.cognate.decode import continue_tokens as continue_tokens
 from forge_jax.models.cognate.decode import infer as infer
 from forge_jax.models.cognate.loss import IGNORED as IGNORED
+from forge_jax.models.cognate.loss import Thought as Thought
 from forge_jax.models.cognate.loss import loss as loss
 from forge_jax.models.cognate.loss import next_token_labels as next_token_labels
+from forge_jax.models.cognate.loss import step_loss as step_loss
 from forge_jax.models.cognate.model import Carry as Carry
 from forge_jax.models.cognate.model import Cognate as Cognate
 from forge_jax.models.cognate.model import Outputs as Outputs

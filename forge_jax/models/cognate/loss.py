@@ -4,7 +4,7 @@ Labels are the tokens that should come next: `next_token_labels` shifts once, he
 else does. Losses are means over labelled tokens, nats.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def loss_of(
     logits = outputs.halt_logits
     nll, correct = answers_nll(outputs.answers, embedding, labels, config.loss_rows)
     by_answer = mean(nll)
-    ce = _task_loss(config, by_answer)
+    ce = task_loss(config, by_answer)
     halting = jnp.float32(0)
     if config.is_reference:
         # an integer: it has no gradient
@@ -170,9 +170,61 @@ def loss_of(
     return ce + halting + gate, metrics
 
 
-def _task_loss(config: CognateConfig, by_answer: Float[Array, " answers"]):
+def task_loss(config: CognateConfig, by_answer: Float[Array, " answers"]):
     """Weighted mean of the answers' losses, or the last one's."""
     if not config.deep_supervision:
         return by_answer[-1]
     weights = jnp.array(config.step_weights)
     return (weights * by_answer).sum() / weights.sum()
+
+
+class Thought(NamedTuple):
+    """Answer and latent state between two supervised steps; data, without gradient."""
+
+    y: Float[Array, "batch time d"]
+    z: Float[Array, "batch time d"]
+
+
+def step_loss(
+    model: Cognate,
+    params: Any,
+    tokens: Int[Array, "batch time"],
+    labels: Int[Array, "batch time"],
+    thought: Thought | None = None,
+    segments: Int[Array, "batch time"] | None = None,
+    controls: Controls = Controls(),  # noqa: B008
+) -> tuple[Float[Array, ""], tuple[Thought, dict[str, Float[Array, ""]]]]:
+    """The loss of one recursion step, for an optimizer update after each, as TRM is trained.
+
+    The features are those of the current `params`; `thought` is what the step before returned,
+    None at the first. At unchanged parameters the gradients of the steps, weighted, add up to that
+    of `loss` with detached steps, but for the first answer, which no step made.
+
+    Raises:
+        ValueError: `halting` is not "trm_bce": the other losses weigh all steps at once.
+    """
+    config = model.config
+    if config.halting != "trm_bce":
+        raise ValueError(
+            f'A step has a loss of its own with halting="trm_bce", got {config.halting!r}.'
+        )
+
+    def call(method, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    features, _ = call("features", tokens, segments, None, controls)
+    *begun, seen, turn = call("begin", features.values, features.place.positions)
+    y, z = Thought(*begun) if thought is None else jax.lax.stop_gradient(thought)
+    y, z = call("step", y, z, seen, call("answer_keys", y, turn), features.place, turn)
+    embedding = params["backbone"]["token_emb"]["embedding"]
+    nll, correct = answers_nll(y[None], embedding, labels, config.loss_rows)
+    valid = labels >= 0
+
+    def mean(x):
+        return jnp.where(valid, x, 0).sum() / jnp.maximum(valid.sum(), 1)
+
+    ce = mean(nll[0])
+    act = config.halting_weight * mean(bce_loss(call("halt_logits", z)[None], correct))
+    gate = -config.gate_entropy * features.entropy.mean()
+    metrics = {"loss_ce": ce, "loss_act": act, "loss_gate": gate}
+    return ce + act + gate, (jax.lax.stop_gradient(Thought(y, z)), metrics)

@@ -15,6 +15,7 @@ from forge_jax.models.cognate import (
     Cognate,
     CognateConfig,
     Controls,
+    Thought,
     continue_tokens,
     count_parameters,
     halt_threshold,
@@ -23,6 +24,7 @@ from forge_jax.models.cognate import (
     loss,
     next_token_labels,
     stack_controls,
+    step_loss,
 )
 
 CONFIG = CognateConfig(
@@ -222,6 +224,33 @@ def test_continuations_are_greedy_and_padding_is_not_seen():
     other = padded.copy()
     other[:, :2] = 11
     np.testing.assert_array_equal(write(padded, segments)[0], write(other, segments)[0])
+
+
+def test_steps_updated_one_by_one_are_the_summed_loss_at_fixed_weights():
+    params, tokens = make_params(), draw()
+    labels, controls = next_token_labels(jnp.array(tokens)), Controls()
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def step(params, thought):
+        def of(p):
+            return step_loss(MODEL, p, tokens, labels, thought, None, controls)
+
+        return jax.value_and_grad(of, has_aux=True)(params)
+
+    (_, metrics), _ = one_step(params, tokens, controls)
+    outputs, _ = forward(params, tokens, one_document(tokens))
+    thought = Thought(outputs.answers[0], outputs.latents[0])
+    for k in range(1, CONFIG.steps + 1):
+        (total, (thought, parts)), grads = step(params, thought)
+        np.testing.assert_allclose(parts["loss_ce"], metrics[f"loss_step_{k}"], rtol=1e-5)
+        np.testing.assert_allclose(thought.y, outputs.answers[k], atol=1e-4)
+        np.testing.assert_allclose(total, sum(parts.values()), rtol=1e-5)
+        # the features are attached in every step, the state that it begins with is not
+        assert np.abs(grads["backbone"]["layers"]["mlp"]["w_down"]["kernel"]).max() > 1e-6
+        assert not np.any(grads["trm"]["z0_proj"]["kernel"])
+    with pytest.raises(ValueError, match="trm_bce"):
+        other = Cognate(dataclasses.replace(CONFIG, halting="act"))
+        step_loss(other, params, tokens, labels)
 
 
 def test_the_seeds_configuration_has_its_count():

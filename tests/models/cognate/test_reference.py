@@ -5,6 +5,7 @@ torch's autograd.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from forge_jax.models.cognate import Cognate, CognateConfig, Controls, init_carry
-from forge_jax.models.cognate.loss import loss_of
+from forge_jax.models.cognate.loss import loss_of, task_loss
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -155,28 +156,44 @@ def make_batch():
     return tokens, labels, rng.standard_normal(CONFIG.d_mem).astype(np.float32)
 
 
-@pytest.mark.parametrize(("deep", "threshold"), [(False, 0.95), (True, 0.5)])
-def test_forward_and_gradients_are_the_public_models(deep, threshold):
-    params, (tokens, labels, memory) = draw_params(), make_batch()
-    leaves = jax.tree.map(lambda x: torch.tensor(x, requires_grad=True), params)
-    start = torch.tensor(memory).expand(BATCH, -1)
-    wanted = oracle(leaves, torch.tensor(tokens), torch.tensor(labels), start, threshold, deep)
-    wanted["loss"].backward()
+@functools.partial(jax.jit, compiler_options=QUICK)
+def run(params, tokens, labels, carry, threshold, shares):
+    """What the model gives, and the gradient of its losses' sum by `shares`.
 
-    config = dataclasses.replace(CONFIG, deep_supervision=deep)
-    carry = init_carry(dataclasses.replace(config, window=1), params, BATCH)
+    The losses are those of the four answers and of the gate; the halting loss has no gradient.
+    """
+
+    def losses(params):
+        outputs = Cognate(CONFIG).apply({"params": params}, tokens, None, carry)
+        total, metrics = loss_of(CONFIG, params, outputs, labels, Controls(threshold))
+        logits = Cognate(CONFIG).apply({"params": params}, outputs.answers, method="logits")
+        parts = [metrics[f"loss_step_{k}"] for k in range(4)]
+        return jnp.stack([*parts, metrics["loss_gate"]]), (outputs, total, metrics, logits)
+
+    _, back, out = jax.vjp(losses, params, has_aux=True)
+    return out, back(shares)[0]
+
+
+def run_model(threshold, deep, gate=1.0):
+    params, (tokens, labels, memory) = draw_params(), make_batch()
+    carry = init_carry(dataclasses.replace(CONFIG, window=1), params, BATCH)
     # the public memory goes on from batch to batch: the rows continue a document
     state = carry.memory._replace(mean=jnp.broadcast_to(memory, (BATCH, CONFIG.d_mem)))
     carry = carry._replace(memory=state, last=jnp.zeros(BATCH, jnp.int32))
+    weights = np.array(CONFIG.step_weights if deep else (0, 0, 0, 1))
+    shares = np.append(weights / weights.sum(), gate).astype(np.float32)
+    arrays = jnp.array(tokens), jnp.array(labels)
+    return run(params, *arrays, carry, np.float32(threshold), shares)
 
-    def run(params):
-        outputs = Cognate(config).apply({"params": params}, jnp.array(tokens), None, carry)
-        total, metrics = loss_of(config, params, outputs, jnp.array(labels), Controls(threshold))
-        logits = Cognate(config).apply({"params": params}, outputs.answers, method="logits")
-        return total, (outputs, metrics, logits)
 
-    run = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=QUICK)
-    (total, (outputs, metrics, logits)), grads = run(params)
+@pytest.mark.parametrize(("deep", "threshold"), [(False, 0.95), (True, 0.5)])
+def test_forward_and_gradients_are_the_public_models(deep, threshold):
+    (tokens, labels, memory), leaves = make_batch(), draw_params()
+    leaves = jax.tree.map(lambda x: torch.tensor(x, requires_grad=True), leaves)
+    start = torch.tensor(memory).expand(BATCH, -1)
+    wanted = oracle(leaves, torch.tensor(tokens), torch.tensor(labels), start, threshold, deep)
+    wanted["loss"].backward()
+    (outputs, total, metrics, logits), grads = run_model(threshold, deep)
 
     def close(got, want):
         want = want.detach().numpy()
@@ -185,7 +202,11 @@ def test_forward_and_gradients_are_the_public_models(deep, threshold):
     close(logits, wanted["logits"])
     close(outputs.latents, wanted["latents"])
     close(outputs.carry.memory.mean.mean(0), wanted["memory"])
-    close(jnp.stack([metrics[f"loss_step_{k}"] for k in range(4)]), wanted["ces"])
+    by_answer = jnp.stack([metrics[f"loss_step_{k}"] for k in range(4)])
+    close(by_answer, wanted["ces"])
+    if not deep:
+        config = dataclasses.replace(CONFIG, deep_supervision=False)
+        total = total + task_loss(config, by_answer) - task_loss(CONFIG, by_answer)
     close(total, wanted["loss"])
     assert float(metrics["loss_act"]) == pytest.approx(0.01 * np.mean(wanted["steps"]))
     for (path, got), want in zip(
@@ -200,15 +221,7 @@ def test_forward_and_gradients_are_the_public_models(deep, threshold):
 
 def test_the_defect_is_there_too():
     """Without deep supervision the public backbone learns from the gate's entropy alone."""
-    config, (tokens, labels, _) = CONFIG, make_batch()
-    config = dataclasses.replace(config, deep_supervision=False, gate_entropy=0.0)
-    model = Cognate(config)
-
-    def total(params):
-        outputs = model.apply({"params": params}, jnp.array(tokens))
-        return loss_of(config, params, outputs, jnp.array(labels), Controls())[0]
-
-    grads = jax.jit(jax.grad(total), compiler_options=QUICK)(draw_params())
+    _, grads = run_model(0.5, deep=False, gate=0.0)
     for part in ("layers", "ltm", "mag_gate", "norm", "pos_emb"):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["backbone"][part]))
     assert np.any(grads["backbone"]["token_emb"]["embedding"])

@@ -103,7 +103,7 @@ def test_matches_the_loop(chunk, threshold, firsts):
 
 
 def test_a_key_that_comes_again_is_learned_step_by_step_not_overshot():
-    """A linear memory that sees one pair over and over, in chunks: as the delta rule, one by one."""
+    """A linear memory that sees one pair over and over, in chunks: the delta rule, one by one."""
     weights, writes, _ = draw()
     key, value = writes.keys[0], writes.values[0]
     ones = np.ones(TIME, np.float32)
