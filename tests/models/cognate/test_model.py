@@ -248,8 +248,8 @@ def test_steps_updated_one_by_one_are_the_summed_loss_at_fixed_weights():
         # the features are attached in every step, the state that it begins with is not
         assert np.abs(grads["backbone"]["layers"]["mlp"]["w_down"]["kernel"]).max() > 1e-6
         assert not np.any(grads["trm"]["z0_proj"]["kernel"])
+    other = Cognate(dataclasses.replace(CONFIG, halting="act"))
     with pytest.raises(ValueError, match="trm_bce"):
-        other = Cognate(dataclasses.replace(CONFIG, halting="act"))
         step_loss(other, params, tokens, labels)
 
 
