@@ -6,6 +6,7 @@ buffers besides, which hold no weight.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +57,12 @@ def cognate_names(config: CognateConfig) -> dict[str, Slot]:
     The seed's configuration has the reference's 107. Titans' tensors, which the reference lacks,
     are named in the same way.
     """
+    return dict(_names(config))
+
+
+@functools.cache
+def _names(config: CognateConfig) -> dict[str, Slot]:
+    """The table, which takes a trace of the model to make."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     tree = jax.eval_shape(Cognate(config).init, jax.random.key(0), tokens)["params"]
     names = {}

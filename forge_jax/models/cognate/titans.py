@@ -20,7 +20,9 @@ where the scalars a, b, c follow from $\alpha$ and $\eta$ alone, and a read $W_t
 attention of q over the $x_s$ of its chunk.
 
 A new document starts from the initial weights, also in the middle of a chunk: from its first token
-on, every product is taken with the initial weights and nothing older is carried.
+on, every product is taken with the initial weights and nothing older is carried. Chunks count from
+the row's start, so that what a document remembers depends a little on where in a row it begins, but
+not on what stands before it.
 """
 
 from typing import NamedTuple

@@ -119,11 +119,18 @@ def test_nothing_leaks_between_rows_or_calls():
 
 def test_documents_in_one_row_do_not_see_each_other():
     tokens = draw()
-    segments = np.where(np.arange(TIME) < 5, 7, 8) + one_document(tokens)
+    # the second document begins with a chunk of the memory: it is as if it stood alone
+    segments = np.where(np.arange(TIME) < 4, 7, 8) + one_document(tokens)
     packed = logits_of(tokens, segments)
-    alone = logits_of(np.roll(tokens, -5, axis=1))
-    np.testing.assert_allclose(packed[:, :, 5:], alone[:, :, : TIME - 5], atol=1e-5)
-    np.testing.assert_allclose(packed[:, :, :5], logits_of(tokens)[:, :, :5], atol=1e-5)
+    alone = logits_of(np.roll(tokens, -4, axis=1))
+    np.testing.assert_allclose(packed[:, :, 4:], alone[:, :, : TIME - 4], atol=1e-5)
+    np.testing.assert_allclose(packed[:, :, :4], logits_of(tokens)[:, :, :4], atol=1e-5)
+    # it begins within one: nothing of the first document can be seen
+    segments = np.where(np.arange(TIME) < 6, 7, 8) + one_document(tokens)
+    other = np.where(np.arange(TIME) < 6, (tokens + 5) % 19, tokens).astype(np.int32)
+    before, after = logits_of(tokens, segments), logits_of(other, segments)
+    np.testing.assert_array_equal(before[:, :, 6:], after[:, :, 6:])
+    assert np.abs(before - after)[:, :, :6].max() > 1e-2
 
 
 @pytest.mark.parametrize("quantile", [None, 0.6])
