@@ -1,7 +1,7 @@
 """The sixteen data sets of phase 1, each as (prompt, answer, category, source).
 
 examples("gsm8k")                           # from the hub
-examples("gsm8k", directory="copies")       # copies/gsm8k.jsonl, or a local copy in copies/gsm8k
+examples("gsm8k", directory="copies")  # copies/gsm8k.jsonl, or the folder copies/gsm8k
 """
 
 import dataclasses

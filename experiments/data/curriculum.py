@@ -46,9 +46,9 @@ def shares(
 ) -> dict[str, float]:
     """The probability of each data set at `step`; they sum to 1.
 
-    A category has the specialization's share, what it has none of included (a tenth is spread
-    over the categories that it does not name); the sets of a category share it by size to the power
-    `temperature`. A category without a set in this stage gives its share to the others.
+    A category has the specialization's share; a tenth of everything is left to the categories that
+    its mix does not name, and a category without a set in this stage gives its share to the others.
+    The sets of a category share it by their size to the power `temperature`.
 
     Args:
         step: from 0.

@@ -102,7 +102,7 @@ def test_jsonl_is_read(tmp_path):
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(ValueError, match="There is no data set 'x'; there are gsm8k"):
         list(examples("x"))
-    with pytest.raises(ValueError, match="neither .*svamp.jsonl nor a folder"):
+    with pytest.raises(ValueError, match=r"neither .*svamp\.jsonl nor a folder"):
         list(examples("svamp", directory=tmp_path))
     with pytest.raises(ValueError, match="svamp has no split 'validation' of its own"):
         list(examples("svamp", directory=tmp_path, split="validation"))
