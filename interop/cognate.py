@@ -217,7 +217,7 @@ def _config_of(record: Any, path: Path) -> CognateConfig:
     known = {field.name for field in dataclasses.fields(CognateConfig)}
     if unknown := sorted(map(str, record.keys() - known)):
         raise ValueError(f"{path} has unknown settings in its configuration: {', '.join(unknown)}.")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
     try:
         return CognateConfig(**values)
     except TypeError as error:  # a setting of another type, compared with a number

@@ -48,7 +48,7 @@ def infer(
     """
     config = model.config
 
-    def call(method, *args):
+    def call(method, *args) -> Any:
         return model.apply({"params": params}, *args, method=method)
 
     features, new = call("features", tokens, segments, carry, controls)
@@ -65,17 +65,17 @@ def infer(
         return (loop.step < config.steps) & loop.running.any()
 
     def body(loop: _Loop) -> _Loop:
-        cache = tuple(c[loop.step] for c in carry.answers)
-        answers = behind(cache, call("answer_keys", loop.y, turn))
+        keys, values = carry.answers
+        answers = behind((keys[loop.step], values[loop.step]), call("answer_keys", loop.y, turn))
         moved = call("step", loop.y, loop.z, seen, answers, place, turn)
         go = loop.running[..., None]
         y, z = (jnp.where(go, a, b) for a, b in zip(moved, (loop.y, loop.z), strict=True))
-        caches = tuple(
+        keys, values = (
             c.at[loop.step].set(a[:, :, time:].astype(c.dtype))
             for c, a in zip(loop.caches, answers, strict=True)
         )
         count = loop.answers + loop.running
-        return _Loop(loop.step + 1, y, z, loop.running & ~halts(z), count, caches)
+        return _Loop(loop.step + 1, y, z, loop.running & ~halts(z), count, (keys, values))
 
     # what the steps that are not run would have seen: the answers that did not change
     begun = _Loop(jnp.int32(0), y, z, ~halts(z), jnp.ones(tokens.shape, jnp.int32), carry.answers)
@@ -89,9 +89,9 @@ def infer(
         )
         return jnp.where(unused, rest[:, :, :, time:], used)
 
-    caches = tuple(fill(*xs) for xs in zip(carry.answers, loop.caches, final, strict=True))
+    keys, values = map(fill, carry.answers, loop.caches, final)
     kept = tuple(k[:, :, time:] for k in seen)
-    new = new._replace(features=kept, answers=caches)
+    new = new._replace(features=kept, answers=(keys, values))
     return Inference(call("logits", loop.y), loop.answers, loop.step, new)
 
 

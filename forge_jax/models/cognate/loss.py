@@ -209,12 +209,13 @@ def step_loss(
             f'A step has a loss of its own with halting="trm_bce", got {config.halting!r}.'
         )
 
-    def call(method, *args):
+    def call(method, *args) -> Any:
         return model.apply({"params": params}, *args, method=method)
 
     features, _ = call("features", tokens, segments, None, controls)
-    *begun, seen, turn = call("begin", features.values, features.place.positions)
-    y, z = Thought(*begun) if thought is None else jax.lax.stop_gradient(thought)
+    y, z, seen, turn = call("begin", features.values, features.place.positions)
+    if thought is not None:
+        y, z = jax.lax.stop_gradient(thought)
     y, z = call("step", y, z, seen, call("answer_keys", y, turn), features.place, turn)
     embedding = params["backbone"]["token_emb"]["embedding"]
     nll, correct = answers_nll(y[None], embedding, labels, config.loss_rows)

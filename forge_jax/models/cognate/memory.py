@@ -73,7 +73,7 @@ def average(
     means = linear_recurrence(keep[:, None], (1 - decay) * x, state.mean)
     found = goes_on[:, None] * before(means, state.mean)
     far = jnp.sqrt((jax.lax.stop_gradient(x - found) ** 2).sum(-1))
-    relative, total, tokens = relative_surprise(far, is_first, state)
+    relative, total, tokens = relative_surprise(far, is_first, state.surprise, state.tokens)
     held = linear_recurrence(keep, jnp.ones_like(keep), state.held)
     new = Ema(means[-1], total, tokens, held[-1])
     return (means if reads_own else found), new, Measures(far, relative, held)

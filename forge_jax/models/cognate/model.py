@@ -131,7 +131,8 @@ class Backbone(nn.Module):
         if config.positions == "learned":
             self.pos_emb = nn.Embed(config.max_positions, config.d_model, embedding_init=init)
         self.norm = nn.RMSNorm(epsilon=1e-6)
-        self.ltm = (EmaMemory if config.memory == "ema" else TitansMemory)(config)
+        memory: Any = EmaMemory if config.memory == "ema" else TitansMemory
+        self.ltm = memory(config)
         self.mag_gate = MagGate(config)
 
     @nn.compact
@@ -147,7 +148,7 @@ class Backbone(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=config.layers,
         )
         x, caches = stack(config, deterministic, name="layers")(x, carry.layers, place, turn)

@@ -105,14 +105,18 @@ class _Products:
 
 
 def relative_surprise(
-    surprise: Float[Array, " time"], is_first: Bool[Array, " time"], state: Titans
+    surprise: Float[Array, " time"],
+    is_first: Bool[Array, " time"],
+    total: Float[Array, ""],
+    tokens: Float[Array, ""],
 ) -> tuple[Float[Array, " time"], Float[Array, ""], Float[Array, ""]]:
     r"""$r_t = g_t / (g_t + \bar g_{<t})$, and the document's sum and count after the last token.
 
-    It is 1/2 for a token as surprising as the document's mean so far, 1 for the first.
+    It is 1/2 for a token as surprising as the document's mean so far, 1 for the first. `total` and
+    `tokens` are the document's sum and count before.
     """
     keep = jnp.where(is_first, 0.0, 1.0)[:, None]
-    start = jnp.stack([state.surprise, state.tokens])
+    start = jnp.stack([total, tokens])
     totals = linear_recurrence(keep, jnp.stack([surprise, jnp.ones_like(surprise)], 1), start)
     past, past_count = (keep * before(totals, start)).T
     mean = past / jnp.maximum(past_count, 1.0)
@@ -167,9 +171,12 @@ def recall_chunk(
     products = _Products(state.weights, initial, document > 0)
     inputs, errors = gradients(writes, products)
 
-    squares = sum((e**2).sum(-1) * (x**2).sum(-1) for e, x in zip(errors, inputs, strict=True))
+    norms = [(e**2).sum(-1) * (x**2).sum(-1) for e, x in zip(errors, inputs, strict=True)]
+    squares = jnp.stack(norms).sum(axis=0)
     surprise = jax.lax.stop_gradient(jnp.sqrt(squares))
-    relative, total, tokens = relative_surprise(surprise, writes.is_first, state)
+    relative, total, tokens = relative_surprise(
+        surprise, writes.is_first, state.surprise, state.tokens
+    )
     gate = jax.nn.sigmoid((relative - surprise_threshold) / temperature)
     rate = writes.theta * gate
     # scales the step and is no thing to learn from

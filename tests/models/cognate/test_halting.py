@@ -1,5 +1,7 @@
 """Halting losses against loops in NumPy, and their gradients; the chunked cross-entropy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from forge_jax.models.cognate.halting import (
 from forge_jax.models.cognate.loss import token_nll
 
 
-def draw(answers=4, tokens=6, scale=1.0):
+def draw(answers=4, tokens=6, scale=1.0) -> Any:
     rng = np.random.default_rng(0)
     return (scale * rng.standard_normal((answers, tokens))).astype(np.float32)
 
@@ -116,7 +118,8 @@ def test_entropy_is_largest_when_undecided():
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_cross_entropy_in_chunks(rows):
     rng = np.random.default_rng(1)
-    y, e = (rng.standard_normal(shape).astype(np.float32) for shape in ((10, 5), (7, 5)))
+    y: Any = rng.standard_normal((10, 5)).astype(np.float32)
+    e: Any = rng.standard_normal((7, 5)).astype(np.float32)
     labels = rng.integers(0, 7, 10)
     labels[3] = -100
 
@@ -131,5 +134,5 @@ def test_cross_entropy_in_chunks(rows):
     text = jax.jit(lambda y, e: token_nll(y, e, jnp.array(labels), rows)[0]).lower(y, e).as_text()
     assert ("tensor<10x7xf32>" in text) == (rows == 100)
     for i in range(2):
-        got = jax.grad(lambda *a: token_nll(*a, jnp.array(labels), rows)[0].sum(), i)(y, e)
+        got = jax.grad(lambda a, b: token_nll(a, b, jnp.array(labels), rows)[0].sum(), i)(y, e)
         np.testing.assert_allclose(got, jax.grad(lambda *a: whole(*a).sum(), i)(y, e), atol=1e-5)

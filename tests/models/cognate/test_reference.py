@@ -7,6 +7,7 @@ torch's autograd.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ def run(params, tokens, labels, carry, threshold, shares):
     """
 
     def losses(params):
-        outputs = Cognate(CONFIG).apply({"params": params}, tokens, None, carry)
+        outputs: Any = Cognate(CONFIG).apply({"params": params}, tokens, None, carry)
         total, metrics = loss_of(CONFIG, params, outputs, labels, Controls(threshold))
         logits = Cognate(CONFIG).apply({"params": params}, outputs.answers, method="logits")
         parts = [metrics[f"loss_step_{k}"] for k in range(4)]
@@ -176,7 +177,7 @@ def run(params, tokens, labels, carry, threshold, shares):
 
 def run_model(threshold, deep, gate=1.0):
     params, (tokens, labels, memory) = draw_params(), make_batch()
-    carry = init_carry(dataclasses.replace(CONFIG, window=1), params, BATCH)
+    carry: Any = init_carry(dataclasses.replace(CONFIG, window=1), params, BATCH)
     # the public memory goes on from batch to batch: the rows continue a document
     state = carry.memory._replace(mean=jnp.broadcast_to(memory, (BATCH, CONFIG.d_mem)))
     carry = carry._replace(memory=state, last=jnp.zeros(BATCH, jnp.int32))

@@ -1,6 +1,7 @@
 """The neural memory against a loop over tokens in NumPy, and what its two thresholds do."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +60,12 @@ def loop(weights, writes, queries, threshold, chunk):
     return np.array(reads), w, s, np.array(relative), np.array(helds)
 
 
-def draw(seed=0, time=TIME):
+def draw(seed=0, time=TIME) -> Any:
     rng = np.random.default_rng(seed)
-    weights = tuple(rng.standard_normal((2, WIDTH, WIDTH)).astype(np.float32) * 0.7)
+    weights: Any = tuple(rng.standard_normal((2, WIDTH, WIDTH)).astype(np.float32) * 0.7)
     keys, queries = rng.standard_normal((2, time, WIDTH)).astype(np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    values = rng.standard_normal((time, WIDTH)).astype(np.float32)
+    values: Any = rng.standard_normal((time, WIDTH)).astype(np.float32)
     theta, eta, keep = rng.uniform(0.05, 0.6, (3, time)).astype(np.float32)
     is_first = np.arange(time) == 0
     return weights, Writes(keys, values, theta, eta, 1 - keep / 5, is_first), queries
@@ -106,8 +107,8 @@ def test_a_key_that_comes_again_is_learned_step_by_step_not_overshot():
     """A linear memory that sees one pair over and over, in chunks: the delta rule, one by one."""
     weights, writes, _ = draw()
     key, value = writes.keys[0], writes.values[0]
-    ones = np.ones(TIME, np.float32)
-    pairs = np.outer(ones, key), np.outer(ones, value)
+    ones: Any = np.ones(TIME, np.float32)
+    pairs: Any = np.outer(ones, key), np.outer(ones, value)
     same = Writes(*pairs, 0.3 * ones, 0 * ones, ones, writes.is_first)
     read, state, _ = run(weights[:1], same, pairs[0], -np.inf, 4)
     far = np.asarray(read) - value
