@@ -76,7 +76,8 @@ def run(weights, writes, queries, threshold, chunk):
     """All chunks of a sequence."""
 
     def body(state, rows):
-        read, state, measures = recall_chunk(state, weights, *rows, threshold)
+        row_writes, row_queries = rows
+        read, state, measures = recall_chunk(state, weights, row_writes, row_queries, threshold)
         return state, (read, measures)
 
     rows = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (writes, queries))
