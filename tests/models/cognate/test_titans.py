@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forge_jax.models.cognate import CognateConfig, Controls
+from forge_jax.models.cognate import SPECIALIZATIONS, CognateConfig, Controls
 from forge_jax.models.cognate.memory import TitansMemory, init_stream
 from forge_jax.models.cognate.titans import Writes, init_titans, recall_chunk
 
@@ -178,10 +178,14 @@ def test_the_threshold_and_the_capacity_are_real():
         _, _, measures = remember(params, x, first, None, controls)
         return float(measures.held[0, -1])
 
-    everything = held(-jnp.inf, 1e9)
+    everything = held(-np.inf, 1e9)
     assert everything == pytest.approx(256, rel=1e-3)
     # a geometric series
     q = np.exp(-1 / 64)
-    assert held(-jnp.inf, 64.0) == pytest.approx((1 - q**256) / (1 - q), rel=1e-3)
+    assert held(-np.inf, 64.0) == pytest.approx((1 - q**256) / (1 - q), rel=1e-3)
     some = [held(t, 1e9) for t in (0.3, 0.5, 0.7)]
     assert 256 > some[0] > 1.2 * some[1] > 1.44 * some[2] > 0
+    # the three models, at a 64th of their capacities: on a stream of several lifetimes the memory
+    # model holds the most, though the speed model writes more
+    models = {n: held(s.surprise, s.capacity / 64) for n, s in SPECIALIZATIONS.items()}
+    assert models["memory"] > 1.2 * max(models["speed"], models["reasoning"])
