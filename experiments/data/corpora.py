@@ -108,7 +108,7 @@ def _text(row):
     return "", row["text"]
 
 
-_OWN = {"validation": "validation"}
+_OWN: dict[str, Any] = {"validation": "validation"}
 CORPORA: dict[str, Corpus] = {
     corpus.name: corpus
     for corpus in (

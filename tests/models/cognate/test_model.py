@@ -43,6 +43,8 @@ CONFIG = CognateConfig(
 )
 MODEL = Cognate(CONFIG)
 BATCH, TIME = 3, 12
+# arrays, so that no other number is another program
+CONTROLS: Any = jax.tree.map(np.float32, Controls())
 QUICK = {"xla_backend_optimization_level": 0}  # half the time to compile
 traces = []
 
@@ -140,7 +142,7 @@ def test_token_by_token_is_the_whole(quantile):
     outputs, logits = forward(params, tokens, one_document(tokens))
     probabilities = np.asarray(jax.nn.sigmoid(outputs.halt_logits))
     threshold = 1.0 if quantile is None else np.quantile(probabilities, quantile)
-    controls = Controls(halt_threshold=threshold)
+    controls = CONTROLS._replace(halt_threshold=np.float32(threshold))
     start = init_carry(CONFIG, params, BATCH)
     whole = think(params, tokens, one_document(tokens), start, controls)
     if quantile is None:
@@ -166,7 +168,7 @@ def test_token_by_token_is_the_whole(quantile):
 
 
 def test_every_tensor_learns():
-    (_, metrics), grads = one_step(make_params(), draw(), Controls())
+    (_, metrics), grads = one_step(make_params(), draw(), CONTROLS)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all(), path
         layers = grad if "layers" in str(path) else grad[None]
@@ -183,7 +185,7 @@ def test_the_three_at_once_are_the_three_apart():
     together = jax.jit(jax.vmap(step), compiler_options=QUICK)
     (totals, _), grads = together(stacked, tokens, stack_controls(three))
     for i, s in enumerate(three):
-        controls = Controls(*(jnp.float32(x) for x in s.controls))
+        controls: Any = jax.tree.map(np.float32, s.controls)
         (total, _), grad = one_step(models[i], tokens[i], controls)
         np.testing.assert_allclose(totals[i], total, rtol=1e-5)
 
@@ -199,7 +201,7 @@ def test_random_tokens_are_not_predicted():
     update = jax.jit(tx.update)
     params = init(jax.random.key(1))
     state, losses = tx.init(params), []
-    controls = Controls()
+    controls = CONTROLS
     before = len(traces)
     for i in range(150):
         (_, metrics), grads = one_step(params, draw(100 + i), controls)
@@ -235,7 +237,7 @@ def test_continuations_are_greedy_and_padding_is_not_seen():
 
 def test_steps_updated_one_by_one_are_the_summed_loss_at_fixed_weights():
     params, tokens = make_params(), draw()
-    labels, controls = next_token_labels(jnp.array(tokens)), Controls()
+    labels, controls = next_token_labels(jnp.array(tokens)), CONTROLS
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def step(params, thought):

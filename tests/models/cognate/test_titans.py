@@ -110,7 +110,7 @@ def test_a_key_that_comes_again_is_learned_step_by_step_not_overshot():
     key, value = writes.keys[0], writes.values[0]
     ones: Any = np.ones(TIME, np.float32)
     pairs: Any = np.outer(ones, key), np.outer(ones, value)
-    same = Writes(*pairs, 0.3 * ones, 0 * ones, ones, writes.is_first)
+    same = Writes(pairs[0], pairs[1], 0.3 * ones, 0 * ones, ones, writes.is_first)
     read, state, _ = run(weights[:1], same, pairs[0], -np.inf, 4)
     far = np.asarray(read) - value
     np.testing.assert_allclose(far, 0.4 ** np.arange(TIME)[:, None] * far[0], atol=1e-5)
