@@ -78,28 +78,31 @@ def _in_blocks(q, keys, values, segments, width: int):
     """Causal attention within `width` tokens, block by block."""
     batch, heads, time, head_dim = q.shape
     count = -(-time // width)
-    short = count * width - time
 
-    def split(x, fill=0):
-        """(batch, heads, time, d) -> (batch * count, heads, width, d)"""
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0)), constant_values=fill)
+    def padded(x, before, fill=0):
+        """`before` slots in front, and at the end what a whole block lacks."""
+        pads = ((0, 0), (0, 0), (before, count * width - time), (0, 0))
+        return jnp.pad(x, pads, constant_values=fill)
+
+    def split(x):
+        """(batch, heads, count * width, d) -> (batch * count, heads, width, d)"""
         x = x.reshape(batch, x.shape[1], count, width, -1).swapaxes(1, 2)
         return x.reshape(batch * count, x.shape[2], width, -1)
 
     def with_previous(x, fill=0):
         """Each block behind the one before it, the first behind padding."""
-        x = jnp.pad(x, ((0, 0), (0, 0), (width, 0), (0, 0)), constant_values=fill)
-        return jnp.concatenate([split(x[:, :, :-width], fill), split(x[:, :, width:], fill)], 2)
+        x = padded(x, width, fill)
+        return jnp.concatenate([split(x[:, :, : count * width]), split(x[:, :, width:])], axis=2)
 
     documents = segments[:, None, :, None]
     mask = _visible(
         width + jnp.arange(width),
         jnp.arange(2 * width),
-        split(documents, EMPTY)[:, 0, :, 0],
+        split(padded(documents, 0, EMPTY))[:, 0, :, 0],
         with_previous(documents, EMPTY)[:, 0, :, 0],
         (width - 1, 0),
     )
-    out = attend(split(q), with_previous(keys), with_previous(values), mask)
+    out = attend(split(padded(q, 0)), with_previous(keys), with_previous(values), mask)
     out = out.reshape(batch, count, heads, width, head_dim).swapaxes(1, 2)
     return out.reshape(batch, heads, count * width, head_dim)[:, :, :time]
 
