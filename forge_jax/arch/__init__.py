@@ -1,0 +1,12 @@
+"""A language for transformer architectures: documents in, Flax modules and costs out."""
+
+from forge_jax.arch.canonical import canonical as canonical
+from forge_jax.arch.canonical import fingerprint as fingerprint
+from forge_jax.arch.parse import emit as emit
+from forge_jax.arch.parse import from_dict as from_dict
+from forge_jax.arch.parse import notes as notes
+from forge_jax.arch.parse import parse as parse
+from forge_jax.arch.parse import to_dict as to_dict
+from forge_jax.arch.schema import Spec as Spec
+from forge_jax.arch.schema import json_schema as json_schema
+from forge_jax.arch.text import DocumentError as DocumentError
