@@ -6,6 +6,9 @@ from forge_jax.arch.build import build as build
 from forge_jax.arch.build import init_cache as init_cache
 from forge_jax.arch.canonical import canonical as canonical
 from forge_jax.arch.canonical import fingerprint as fingerprint
+from forge_jax.arch.cost import Cost as Cost
+from forge_jax.arch.cost import cost as cost
+from forge_jax.arch.cost import over_budget as over_budget
 from forge_jax.arch.knobs import compile_key as compile_key
 from forge_jax.arch.knobs import knobs as knobs
 from forge_jax.arch.parse import emit as emit

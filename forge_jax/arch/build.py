@@ -30,7 +30,9 @@ class Cache(NamedTuple):
 def build(spec: Spec, *, unroll: bool = False) -> "Network":
     """The module of a document; `unroll` writes every layer out, for counts and short stacks."""
     full = canonical(spec)
-    return Network(full.arch, sizes.vocabulary_of(full), full.train.ctx_len, full.train.dtype, unroll)
+    return Network(
+        full.arch, sizes.vocabulary_of(full), full.train.ctx_len, full.train.dtype, unroll
+    )
 
 
 def init_cache(spec: Spec, batch: int, length: int) -> Cache:

@@ -52,7 +52,9 @@ def encode(x: Float[Array, "... dim"], quant: str) -> Array | Packed:
     return Packed(codes, scale)
 
 
-def decode(packed: Array | Packed, dim: int, quant: str, dtype: jnp.dtype) -> Float[Array, "... dim"]:
+def decode(
+    packed: Array | Packed, dim: int, quant: str, dtype: jnp.dtype
+) -> Float[Array, "... dim"]:
     """The values that `encode` kept."""
     if not isinstance(packed, Packed):
         return packed.astype(dtype)
