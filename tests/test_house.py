@@ -20,7 +20,7 @@ ROOMS = {
     "search": {"svf"},
     "rl": {"models"},
     "adapt": {"search", "svf"},
-    "evolve": {"arch"},
+    "evolve": {"arch", "search"},
 }
 FOREIGN = {
     *("torch", "transformers", "tokenizers", "safetensors", "gguf", "datasets", "wandb"),

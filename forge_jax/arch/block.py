@@ -16,15 +16,11 @@ from forge_jax.arch.schema import Arch
 from forge_jax.arch.structure import DenseFFN, Residual
 
 
-def is_performer(mixer: Attention) -> bool:
-    """Tell whether random features stand in for the softmax."""
-    return mixer.softmax is not None and mixer.softmax.type == "kernel"
-
-
 def make_mixer(mixer: Mixer, arch: Arch, dtype: jnp.dtype, gain: float, name: str) -> nn.Module:
     """The module of a mixer."""
     if isinstance(mixer, Attention):
-        kind = performer.PerformerMixer if is_performer(mixer) else attention.AttentionMixer
+        by_features = sizes.features_of(mixer) is not None
+        kind = performer.PerformerMixer if by_features else attention.AttentionMixer
         return kind(mixer, arch, dtype, gain, name=name)
     if isinstance(mixer, Retention):
         return retention.RetentionMixer(mixer, arch, dtype, gain, name=name)
@@ -37,7 +33,7 @@ def init_mixer_state(mixer: Mixer, arch: Arch, batch: int, length: int, dtype: j
     """What a mixer keeps of the past, before any token."""
     args = (arch, batch, length, dtype)
     if isinstance(mixer, Attention):
-        module = performer if is_performer(mixer) else attention
+        module = attention if sizes.features_of(mixer) is None else performer
         return module.init_state(mixer, *args)
     if isinstance(mixer, Retention):
         return retention.init_state(mixer, *args)

@@ -8,7 +8,6 @@ picked are computed, and counted.
 from typing import NamedTuple
 
 from forge_jax.arch import quantize, sizes
-from forge_jax.arch.block import is_performer
 from forge_jax.arch.build import parts_of
 from forge_jax.arch.canonical import canonical
 from forge_jax.arch.ffn import GATED
@@ -190,9 +189,8 @@ def _attention(mixer: Attention, arch: Arch, time: int) -> _Part:
             out += _Part(0, 2 * time**2 * heads)
     if mixer.value_glu:
         out += _linear(d, d, time) + _Part(0, 2 * time * d)
-    if is_performer(mixer):
-        assert softmax and softmax.kernel and softmax.kernel.features
-        features = softmax.kernel.features
+    features = sizes.features_of(mixer)
+    if features:
         maps = _Part(0, 2 * heads * time * features * (2 * size + 3))
         sums = 2 * features + 2 * (size + 1) + 3
         state = heads * time * features * (4 * (size + 1) + 3)
@@ -215,7 +213,7 @@ def _ffn(arch: Arch, time: int) -> _Part:
 
 def _kv(mixer: Mixer, arch: Arch, width: int) -> float:
     """Bytes that a token adds in one layer."""
-    if not isinstance(mixer, Attention) or is_performer(mixer):
+    if not isinstance(mixer, Attention) or sizes.features_of(mixer):
         return 0.0
     heads, size = sizes.heads_of(mixer, arch.d_model)
     quant = arch.kv_policy.quant if arch.kv_policy else "none"
@@ -225,11 +223,8 @@ def _kv(mixer: Mixer, arch: Arch, width: int) -> float:
 def _state(mixer: Mixer, arch: Arch, width: int) -> float:
     """Bytes of what one layer keeps whatever the length."""
     if isinstance(mixer, Attention):
-        if not is_performer(mixer):
-            return 0.0
         heads, size = sizes.heads_of(mixer, arch.d_model)
-        assert mixer.softmax and mixer.softmax.kernel and mixer.softmax.kernel.features
-        return 4 * heads * mixer.softmax.kernel.features * (size + 1)
+        return 4 * heads * (sizes.features_of(mixer) or 0) * (size + 1)
     if isinstance(mixer, Retention | SSM):
         heads, size = sizes.heads_of(mixer, arch.d_model)
         rows = size if isinstance(mixer, Retention) else mixer.d_state or ssm.STATES

@@ -55,6 +55,14 @@ def vocabulary_of(spec: Spec) -> int:
     return spec.train.vocab_size or VOCABULARY
 
 
+def features_of(mixer: Attention) -> int | None:
+    """Random features that stand in for the softmax; None where it is a softmax."""
+    softmax = mixer.softmax
+    if softmax is None or softmax.type != "kernel" or softmax.kernel is None:
+        return None
+    return softmax.kernel.features
+
+
 def turned(mixer: Attention, arch: Arch) -> int:
     """Features of each head that rotary positions turn, even and at most head_dim."""
     size = heads_of(mixer, arch.d_model)[1] // 2 * 2

@@ -15,11 +15,11 @@ def visible(
 ) -> Bool[Array, "time slots"]:
     r"""Key j is visible to query i if j <= i and the canonical pattern says so.
 
-    sliding: $j > \lfloor i/s \rfloor s - w$ for window w and stride s. Stride 1 is a local window; a
-    block of b is w = 1, s = b; a ring over blocks of b (the own block and the one before) is
-    w = b + 1, s = b. Ring Attention proper is exact full attention spread over devices; here the
-    word names a pattern. dilated: $i - j$ a multiple of d, at most w of them. hybrid: a local window
-    or a multiple of d. The first `globals` keys are visible besides.
+    sliding: $j > \lfloor i/s \rfloor s - w$ for window w and stride s. Stride 1 is a local
+    window; a block of b is w = 1, s = b; a ring over blocks of b (the own block and the one before)
+    is w = b + 1, s = b. Ring Attention proper is exact full attention spread over devices; here the
+    word names a pattern. dilated: $i - j$ a multiple of d, at most w of them. hybrid: a local
+    window or a multiple of d. The first `globals` keys are visible besides.
     """
     i, j = queries[:, None], keys[None, :]
     causal = j <= i

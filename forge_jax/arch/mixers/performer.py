@@ -17,8 +17,7 @@ def init_state(mixer: Attention, arch: Arch, batch: int, length: int, dtype: jnp
     """Sums over no tokens."""
     del length, dtype
     heads, size = sizes.heads_of(mixer, arch.d_model)
-    assert mixer.softmax and mixer.softmax.kernel and mixer.softmax.kernel.features
-    return jnp.zeros((batch, heads, mixer.softmax.kernel.features, size + 1), jnp.float32)
+    return jnp.zeros((batch, heads, sizes.features_of(mixer) or 0, size + 1), jnp.float32)
 
 
 def draw(kernel: Kernel, size: int, step) -> Float[Array, "features size"]:
