@@ -1,5 +1,6 @@
 """One form, and one fingerprint, for all documents that mean the same network."""
 
+import functools
 import hashlib
 import json
 from typing import Any
@@ -13,6 +14,8 @@ from forge_jax.arch.structure import Residual
 Tree = dict[str, Any]
 
 
+# a search asks for the same documents again and again; documents are immutable
+@functools.lru_cache(maxsize=4096)
 def canonical(spec: Spec) -> Spec:
     """The document with every default filled, what has no effect dropped, choices sorted.
 

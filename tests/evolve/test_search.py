@@ -29,7 +29,7 @@ def steps_of(events):
 
 
 def random_search(seed, steps, full=80):
-    """Random children of the seed, each trained like the end of halving; the best one's distance."""
+    """Random children, each trained to the end of halving; the distance of the best."""
     rng = random.Random(f"random {seed}")
     found = []
     for _ in range(steps // full):

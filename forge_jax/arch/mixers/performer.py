@@ -32,7 +32,9 @@ def draw(kernel: Kernel, size: int, step) -> Float[Array, "features size"]:
     if not kernel.orthogonal:
         return jax.random.normal(rows_key, (features, size))
     blocks = -(-features // size)
-    q, _ = jnp.linalg.qr(jax.random.normal(rows_key, (blocks, size, size)))
+    q, r = jnp.linalg.qr(jax.random.normal(rows_key, (blocks, size, size)))
+    # LAPACK's first column always points into the same half space: R's signs make Q uniform
+    q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None]
     rows = q.swapaxes(1, 2).reshape(-1, size)[:features]
     lengths = jnp.linalg.norm(jax.random.normal(length_key, (features, size)), axis=-1)
     return rows * lengths[:, None]
