@@ -268,7 +268,10 @@ def differ(one, two):
         return True
     if arch.over_budget(one, costs[0]) != arch.over_budget(two, costs[1]):
         return True
-    pairs = list(zip(outputs(one), outputs(two), strict=False))
+    found = outputs(one), outputs(two)
+    if len(found[0]) != len(found[1]):
+        return True
+    pairs = zip(*found, strict=True)
     return any(a.shape != b.shape or np.abs(a - b).max() > 1e-4 for a, b in pairs)
 
 
