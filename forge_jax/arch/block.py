@@ -11,7 +11,7 @@ from forge_jax.arch.ffn import Dense, MoE, balance_loss, init_taken, keep_larges
 from forge_jax.arch.layers import linear, make_norm
 from forge_jax.arch.mixers import attention, longconv, performer, retention, ssm
 from forge_jax.arch.mixers.frame import Frame
-from forge_jax.arch.mixing import SSM, Attention, Mixer, ParUnit, Retention, RouteUnit
+from forge_jax.arch.mixing import SSM, Attention, Mixer, ParUnit, Retention, RouteUnit, SingleUnit
 from forge_jax.arch.schema import Arch
 from forge_jax.arch.structure import DenseFFN, Residual
 
@@ -79,10 +79,10 @@ class MixUnit(nn.Module):
             outs.append(y)
             kept.append(None if states is None else state)
         kept = None if states is None else tuple(kept)
+        if isinstance(unit, SingleUnit):
+            return outs[0], kept
         if isinstance(unit, RouteUnit):
             outs = self.routed(unit, x, outs, frame)
-        if len(outs) == 1 and not isinstance(unit, ParUnit | RouteUnit):
-            return outs[0], kept
         if unit.merge == "Concat":
             wide = jnp.concatenate(outs, axis=-1)
             return linear("merge", self.arch.d_model, self.dtype, gain)(wide), kept

@@ -14,14 +14,18 @@ from forge_jax.arch.structure import Residual
 Tree = dict[str, Any]
 
 
-# a search asks for the same documents again and again; documents are immutable
-@functools.lru_cache(maxsize=4096)
 def canonical(spec: Spec) -> Spec:
     """The document with every default filled, what has no effect dropped, choices sorted.
 
     Two documents of the same network (same function family, same cost) have the same canonical
     `arch`; `train` keeps what concerns training. Canonical documents are their own canonical form.
     """
+    return _canonical(spec)  # pyright: ignore[reportArgumentType] frozen nodes hash
+
+
+# a search asks for the same documents again and again; documents are immutable
+@functools.lru_cache(maxsize=4096)
+def _canonical(spec: Spec) -> Spec:
     arch = spec.arch
     out: Tree = {
         "d_model": arch.d_model,

@@ -46,6 +46,7 @@ def test_the_search_beats_chance():
         steps = steps_of(events)
         assert steps <= SETTINGS.steps
         winner = evolve.best(events)
+        assert winner is not None
         ours = distance(arch.from_dict(winner.document))
         theirs = random_search(seed, steps)
         wins, losses = wins + (ours < theirs), losses + (ours > theirs)
