@@ -11,7 +11,10 @@ from forge_jax import arch, evolve
 from tests.evolve.planted import SEED, distance, evaluate
 
 LADDER = evolve.Ladder(first=20, reduction=2, rungs=3, stages=2, stage_steps=40, births=3)
-SETTINGS = evolve.Settings(steps=1600, population=10, ladder=LADDER)
+SETTINGS = evolve.Settings(steps=8000, population=16, ladder=LADDER)
+
+
+SHORT = SETTINGS._replace(steps=1600, population=10)
 
 
 def searched(seed, settings=SETTINGS, events=(), evaluate=evaluate):
@@ -55,7 +58,7 @@ def test_the_search_beats_chance():
 
 
 def test_every_part_of_the_ladder_is_climbed():
-    events = searched(0)
+    events = searched(0, SHORT)
     trials = evolve.trials_of(events)
     rungs = [trial.rung for trial in trials.values()]
     assert max(rungs) == LADDER.rungs - 1 + LADDER.stages
@@ -69,7 +72,7 @@ def test_every_part_of_the_ladder_is_climbed():
 
 @pytest.mark.parametrize("pareto", [False, True])
 def test_a_killed_search_goes_on_to_the_same_end(pareto):
-    settings = SETTINGS._replace(steps=500, pareto=pareto)
+    settings = SHORT._replace(steps=500, pareto=pareto)
     whole = searched(3, settings)
     lines = [json.dumps(e, allow_nan=False) for e in whole]
     for cut in (0, 1, 7, len(whole) // 2, len(whole)):
@@ -86,7 +89,7 @@ def test_training_continues_from_where_it_stood():
         at[trial] = steps
         return evaluate(spec, trial, done, steps)
 
-    events = searched(0, SETTINGS._replace(steps=600), evaluate=continued)
+    events = searched(0, SHORT._replace(steps=600), evaluate=continued)
     assert sum(at.values()) == steps_of(events)
 
 
@@ -96,7 +99,7 @@ def test_candidates_may_fail():
             raise RuntimeError("out of memory, or so")
         return evolve.Result(math.nan) if trial % 3 == 2 else evaluate(spec, trial, done, steps)
 
-    events = searched(0, SETTINGS._replace(steps=600), evaluate=fragile)
+    events = searched(0, SHORT._replace(steps=600), evaluate=fragile)
     reports = [e for e in events if e["event"] == "report"]
     failed = [e for e in reports if e["score"] is None]
     assert {e["trial"] % 3 for e in failed} == {1, 2}
@@ -115,14 +118,14 @@ def test_a_mistake_of_the_program_is_no_failed_candidate():
 
     with pytest.raises(AttributeError):
         searched(0, evaluate=absent)
-    assert searched(0, SETTINGS._replace(steps=20), evaluate=wrong)[1]["score"] is None
+    assert searched(0, SHORT._replace(steps=20), evaluate=wrong)[1]["score"] is None
 
 
 def test_rank_weighs_the_objectives():
     """With (score, FLOPs) minimised the winners' FLOPs stay below those of the score alone."""
     flops = {}
     for pareto in (False, True):
-        events = searched(1, SETTINGS._replace(steps=900, pareto=pareto))
+        events = searched(1, SHORT._replace(steps=1600, pareto=pareto))
         found = [
             t.reports[-1].objectives[0] for t in evolve.trials_of(events).values() if t.rung > 1
         ]
