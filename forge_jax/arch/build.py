@@ -130,7 +130,7 @@ class Network(nn.Module):
             Block,
             variable_axes={"params": 0, "losses": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=layers,
             unroll=layers if self.unroll else 1,
         )

@@ -39,9 +39,9 @@ def decayed(
     if parts == 1:
         state, out = _chunk(state, jax.tree.map(lambda x: x[0], pieces))
         return out.astype(dtype), state
-    state, out = jax.lax.scan(_chunk, state, pieces)
+    last, out = jax.lax.scan(_chunk, state, pieces)
     out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, parts * size, m)
-    return out[:, :, :time].astype(dtype), state
+    return out[:, :, :time].astype(dtype), last
 
 
 def _chunk(state, piece):

@@ -38,10 +38,14 @@ for _tag, _pattern, _first in _TYPES:
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
     )
-# SafeLoader would read a leading zero as an octal.
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
-)
+
+
+def _decimal(loader: yaml.SafeLoader, node: Any) -> int:
+    """An integer; SafeLoader would read a leading zero as an octal."""
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 def read_yaml(text: str) -> tuple[Any, Lines]:

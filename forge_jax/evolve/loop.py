@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from forge_jax import arch
@@ -171,8 +172,8 @@ def bred(
     one = chosen(living, order, settings, rng)
     if len(living) > 1 and rng.random() < settings.crossover:
         two = chosen([t for t in living if t.id != one.id], order, settings, rng)
-        specs = (arch.from_dict(t.document) for t in (one, two))
-        child = crossover(*specs, rng, known=known)
+        pair = arch.from_dict(one.document), arch.from_dict(two.document)
+        child = crossover(*pair, rng, known=known)
         if child is not None:
             return child, (one.id, two.id)
     steps = rng.randint(1, settings.mutations)
@@ -197,7 +198,7 @@ def fitness(living: Sequence[Trial], pareto: bool) -> dict[int, tuple]:
     rows = np.array([(t.score, *t.reports[-1].objectives) for t in living], np.float32)
     # of 64 rows, or a multiple: the ranks are then compiled once
     padded = np.pad(rows, ((0, -len(rows) % 64), (0, 0)), constant_values=np.inf)
-    ranks = np.asarray(non_dominated_rank(padded))[: len(rows)]
+    ranks = np.asarray(non_dominated_rank(jnp.asarray(padded)))[: len(rows)]
     return {t.id: (int(r), t.score, t.id) for t, r in zip(living, ranks, strict=True)}
 
 

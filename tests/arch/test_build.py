@@ -58,7 +58,7 @@ def test_decoding_is_the_full_pass_and_looks_back_only(name):
             return cache, logits[:, 0]
 
         last, one_by_one = jax.lax.scan(one, cache, tokens.T)
-        return network.apply(params, tokens)[0], one_by_one.swapaxes(0, 1), last.index
+        return network.apply(params, tokens)[0], one_by_one.swapaxes(0, 1), last.index  # pyright: ignore
 
     full, one_by_one, index = both(params, tokens)
     assert full.shape == (2, 12, 11)

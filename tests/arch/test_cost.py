@@ -58,6 +58,7 @@ def test_counts_agree_with_the_program(changes):
     assert found.params == sum(x.size for x in jax.tree.leaves(variables["params"]))
     params = {"params": variables["params"]}
     counted = jax.jit(lambda p, t: network.apply(p, t)[0]).lower(params, tokens).cost_analysis()
+    assert counted is not None
     assert found.flops == pytest.approx(counted["flops"], rel=0.1)
     cache = jax.eval_shape(lambda: arch.init_cache(spec, 1, 64))
     held = [x for x in jax.tree.leaves(cache) if x.dtype != jnp.int32]

@@ -254,9 +254,11 @@ def outputs(spec):
     tokens = random_tokens(12)
     shapes = jax.eval_shape(network.init, jax.random.key(0), tokens)["params"]
     params = {"params": random_like(shapes)}
-    rngs, sown = {"noise": jax.random.key(0)}, {"mutable": ["losses"]}
+    rngs = {"noise": jax.random.key(0)}
     with jax.disable_jit():
-        (one, _), losses = network.apply(params, tokens, train=True, rngs=rngs, step=7, **sown)
+        (one, _), losses = network.apply(
+            params, tokens, train=True, rngs=rngs, step=7, mutable=["losses"]
+        )
         two, _ = network.apply(params, tokens)
     return [one, two, *(jnp.asarray(x) for x in jax.tree.leaves(losses))]
 

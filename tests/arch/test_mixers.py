@@ -12,6 +12,7 @@ from forge_jax.arch.knobs import arch_knobs
 from forge_jax.arch.mixers import performer, ssm
 from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.positions import turns
+from forge_jax.arch.mixing import Attention, Kernel
 from tests.arch.documents import edited, mixer
 from tests.arch.programs import jitted, random_like
 
@@ -25,7 +26,7 @@ def run(document, seed=0):
     module = make_mixer(one, full.arch, jnp.float32, 1.0, "m")
     x = np.random.default_rng(seed).standard_normal((1, TIME, WIDTH)).astype(np.float32)
     at, turn = jnp.arange(TIME), None
-    if full.arch.pos.rope is not None and sizes.positioned(one, full.arch):
+    if full.arch.pos.rope is not None and isinstance(one, Attention) and one.pos != "none":
         turn = turns(full.arch.pos, at, sizes.turned(one, full.arch), knobs, 32)
     frame = Frame(at, turn, knobs["mixers"][0], 0)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x, frame)
@@ -157,7 +158,7 @@ def test_attention_through_a_window_and_a_policy():
 def test_performer():
     softmax = {"type": "kernel", "kernel": {"features": 8}}
     x, p, y = run(attending(softmax=softmax, **NONE))
-    kernel = arch.from_dict(attending(softmax=softmax)).arch.mix_unit.mixer.softmax.kernel
+    kernel = Kernel(features=8)
     rows = np.asarray(performer.draw(kernel, 4, 0), np.float64)
     q, k, v = (heads_of(x, p[f"{n}/kernel"], h) for n, h in (("q", 4), ("k", 2), ("v", 2)))
 
@@ -174,8 +175,7 @@ def test_performer():
 
 
 def test_random_features_estimate_the_softmax():
-    document = attending(softmax={"type": "kernel", "kernel": {"features": 4096, "redraw": 3}})
-    kernel = arch.from_dict(document).arch.mix_unit.mixer.softmax.kernel
+    kernel = Kernel(features=4096, redraw=3)
     rows = performer.draw(kernel, 4, 0)
     q, k = 0.2 * np.random.default_rng(0).standard_normal((2, 6, 4))
     product = performer.feature_map(q, rows, False) @ performer.feature_map(k, rows, False).T

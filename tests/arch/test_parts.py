@@ -110,7 +110,8 @@ def test_norms():
         "LayerNorm": (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True),
     }
     for kind, value in wanted.items():
-        y, _ = make_norm(kind, "n", jnp.float32).init_with_output(jax.random.key(0), x)
+        norm = make_norm(kind, "n", jnp.float32)  # pyright: ignore[reportArgumentType]
+        y, _ = norm.init_with_output(jax.random.key(0), x)
         np.testing.assert_allclose(y, value, atol=1e-4)
 
 

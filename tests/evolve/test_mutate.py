@@ -29,7 +29,7 @@ SEEDS = [
 def walk(children, seed=0):
     """Children of children: a random walk from every seed."""
     rng = random.Random(seed)
-    spec = None
+    spec = arch.from_dict(SEEDS[0])
     for i in range(children):
         if i % (children // len(SEEDS) + 1) == 0:
             spec = arch.from_dict(SEEDS[i // (children // len(SEEDS) + 1)])

@@ -147,7 +147,8 @@ class AttentionMixer(nn.Module):
         if self.mixer.pos == "none" or kind not in ("alibi", "relbias"):
             return None
         if kind == "alibi":
-            return -positions.alibi_slopes(heads)[:, None, None] * jnp.maximum(distance, 0)
+            slopes = jnp.asarray(positions.alibi_slopes(heads))[:, None, None]
+            return -slopes * jnp.maximum(distance, 0)
         shape = (positions.BUCKETS, heads)
         table = self.param("relbias", nn.initializers.normal(0.02), shape)
         return jnp.moveaxis(table[positions.buckets(distance)], -1, 0)
