@@ -11,8 +11,8 @@ from forge_jax.arch.block import make_mixer
 from forge_jax.arch.knobs import arch_knobs
 from forge_jax.arch.mixers import performer, ssm
 from forge_jax.arch.mixers.frame import Frame
-from forge_jax.arch.positions import turns
 from forge_jax.arch.mixing import Attention, Kernel
+from forge_jax.arch.positions import turns
 from tests.arch.documents import edited, mixer
 from tests.arch.programs import jitted, random_like
 
