@@ -26,7 +26,7 @@ def decayed(
     n, dtype = q.shape[-1], v.dtype
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     log_decay = jnp.broadcast_to(log_decay.astype(jnp.float32), (*v.shape[:2], time))
-    state = jnp.zeros((batch, heads, n, m), jnp.float32) if state is None else state
+    before = jnp.zeros((batch, heads, n, m), jnp.float32) if state is None else state
     size = min(chunk or time, time)
     parts = -(-time // size)
 
@@ -37,9 +37,9 @@ def decayed(
 
     pieces = (chunks(q), chunks(k), chunks(v), chunks(log_decay))
     if parts == 1:
-        state, out = _chunk(state, jax.tree.map(lambda x: x[0], pieces))
-        return out.astype(dtype), state
-    last, out = jax.lax.scan(_chunk, state, pieces)
+        last, out = _chunk(before, jax.tree.map(lambda x: x[0], pieces))
+        return out.astype(dtype), last
+    last, out = jax.lax.scan(_chunk, before, pieces)
     out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, parts * size, m)
     return out[:, :, :time].astype(dtype), last
 

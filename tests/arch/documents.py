@@ -21,6 +21,7 @@ def edited(changes: dict[str, Any], base: dict[str, Any] = BASE) -> dict[str, An
     out = copy.deepcopy(base)
     for path, value in changes.items():
         *parents, last = path.split(".")
+        value = copy.deepcopy(value)  # a later path may reach into it
         here: Any = out
         for part in parents:
             here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})
