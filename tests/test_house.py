@@ -21,7 +21,7 @@ ROOMS = {
     "search": {"parallel", "svf"},
     "rl": {"models"},
     "adapt": {"search", "svf"},
-    "evolve": {"arch"},
+    "evolve": {"arch", "search"},
 }
 FOREIGN = {
     *("torch", "transformers", "tokenizers", "safetensors", "gguf", "datasets", "wandb"),

@@ -1,0 +1,232 @@
+"""What a network costs, counted from its document: no tracing, no compilation.
+
+A multiplication and an addition are two FLOPs; exponentials and the like count none, as with the
+compiler. Work is counted as it is built: a masked score, an expert or a routed mixer that was not
+picked are computed, and counted.
+"""
+
+from typing import NamedTuple
+
+from forge_jax.arch import quantize, sizes
+from forge_jax.arch.build import parts_of
+from forge_jax.arch.canonical import canonical
+from forge_jax.arch.ffn import GATED
+from forge_jax.arch.mixers import longconv, ssm
+from forge_jax.arch.mixing import SSM, Attention, Mixer, Retention, RouteUnit
+from forge_jax.arch.positions import BUCKETS
+from forge_jax.arch.schema import Arch, Spec
+from forge_jax.arch.structure import DenseFFN, KVPolicy, Residual
+
+
+class Cost(NamedTuple):
+    """Sizes of one network; FLOPs and bytes are those of one row of `time` tokens."""
+
+    params: int
+    flops: float  # of a forward pass
+    train_flops: float  # of a training step: the backward pass counts twice the forward one
+    kv_bytes: float  # that a token adds to the cache while there is room
+    cache_bytes: float  # after `time` tokens, recurrent states included
+
+
+class _Part(NamedTuple):
+    """Parameters, and FLOPs of one row."""
+
+    params: float = 0
+    flops: float = 0
+
+    def __add__(self, other):
+        return _Part(self.params + other.params, self.flops + other.flops)
+
+    def times(self, n: float) -> "_Part":
+        return _Part(self.params * n, self.flops * n)
+
+
+def cost(spec: Spec, time: int | None = None) -> Cost:
+    """Cost of reading `time` tokens, the context by default; training runs the training loops.
+
+    Parameters are exact. FLOPs are within 10 % of the compiler's count where it counts all (scans
+    unrolled, one chunk).
+    """
+    full = canonical(spec)
+    arch, vocabulary = full.arch, sizes.vocabulary_of(full)
+    time = time or full.train.ctx_len
+    block = _block(arch, time)
+    ends = _linear(arch.d_model, vocabulary, time) + _Part(vocabulary * arch.d_model)
+    residual = arch.residual or Residual()
+    if residual.kind != "deepnet":
+        ends += _norm(arch, time)
+    if arch.pos.kind == "learned":
+        ends += _Part(full.train.ctx_len * arch.d_model)
+    adapter = _Part()
+    if arch.recurrence and arch.recurrence.adapter == "concat_linear":
+        adapter = _linear(2 * arch.d_model, arch.d_model, time)
+        adapter = adapter.times(2 if residual.kind == "dual" else 1)
+        ends += _Part(2 * arch.d_model**2)
+    flops = []
+    for train in (False, True):
+        parts = parts_of(arch, train)
+        again = sum(loops - 1 for _, _, loops in parts)
+        layers = sum(layers * loops for _, layers, loops in parts)
+        flops.append(ends.flops + block.flops * layers + adapter.flops * again)
+    layers = sum(layers * loops for _, layers, loops in parts_of(arch, train=False))
+    width = 4 if full.train.dtype == "fp32" else 2
+    kv = layers * sum(_kv(m, arch, width) for m in sizes.mixers(arch.mix_unit))
+    state = layers * sum(_state(m, arch, width) for m in sizes.mixers(arch.mix_unit))
+    policy = arch.kv_policy or KVPolicy()
+    slots = min(time, policy.window or time)
+    kept = 0.0 if policy.cache == "none" else kv * slots + state
+    params = ends.params + block.params * arch.n_layers
+    return Cost(int(params), flops[0], 3 * flops[1], kv if kept else 0.0, kept)
+
+
+def over_budget(
+    spec: Spec, found: Cost, references: dict[str, Cost] | None = None
+) -> tuple[str, ...]:
+    """Which of the document's budgets the cost of one row exceeds, one sentence each.
+
+    Raises:
+      ValueError: `flops_target` matches a network that is not among the `references`.
+    """
+    limits = spec.budget
+    out = []
+    if limits and limits.params_target and found.params > limits.params_target:
+        out.append(f"budget.params_target: {found.params} parameters, over {limits.params_target}.")
+    if limits and limits.flops_target:
+        target = limits.flops_target
+        if isinstance(target, str):
+            name = target.removeprefix("match:")
+            if name not in (references or {}):
+                raise ValueError(
+                    f"`references` must have {name!r}, which budget.flops_target names."
+                )
+            target = (references or {})[name].train_flops
+        if found.train_flops > target:
+            out.append(f"budget.flops_target: {found.train_flops:.4g} FLOPs, over {target:.4g}.")
+    step = spec.train.budget
+    if step and step.flops_per_step is not None and found.train_flops > step.flops_per_step:
+        sentence = f"{found.train_flops:.4g} FLOPs a row, over {step.flops_per_step:.4g}."
+        out.append(f"train.budget.flops_per_step: {sentence}")
+    return tuple(out)
+
+
+def _linear(rows: int, columns: int, time: int) -> _Part:
+    return _Part(rows * columns, 2 * time * rows * columns)
+
+
+def _norm(arch: Arch, time: int) -> _Part:
+    params = {"LayerNorm": 2 * arch.d_model, "RMSNorm": arch.d_model, "ScaleNorm": 1}[arch.norm]
+    return _Part(params, (7 if arch.norm == "LayerNorm" else 4) * time * arch.d_model)
+
+
+def _block(arch: Arch, time: int) -> _Part:
+    residual = arch.residual or Residual()
+    both = residual.kind == "single" and residual.pre_ln is not False and residual.post_ln
+    neither = residual.kind == "single" and residual.pre_ln is False and not residual.post_ln
+    norms = 4 if both else 0 if neither else 2
+    adds = _Part(0, 2 * time * arch.d_model)
+    return _unit(arch, time) + _ffn(arch, time) + _norm(arch, time).times(norms) + adds
+
+
+def _unit(arch: Arch, time: int) -> _Part:
+    unit, d = arch.mix_unit, arch.d_model
+    mixers = sizes.mixers(unit)
+    out = sum((_mixer(m, arch, time) for m in mixers), _Part())
+    if unit.kind == "single":
+        return out
+    n = len(mixers)
+    if isinstance(unit, RouteUnit):
+        out += _linear(d, n, time) + _Part(0, time * n * d)
+    elif unit.merge == "WeightedAdd":
+        out += _Part(n, time * n * d)
+    if unit.merge == "Concat":
+        return out + _linear(n * d, d, time)
+    return out + _Part(0, time * (n - 1) * d)
+
+
+def _mixer(mixer: Mixer, arch: Arch, time: int) -> _Part:
+    d = arch.d_model
+    if isinstance(mixer, Attention):
+        return _attention(mixer, arch, time)
+    if isinstance(mixer, Retention):
+        heads, size = sizes.heads_of(mixer, d)
+        maps = _linear(d, heads * size, time).times(5)
+        gate = _Part(0, 5 * time * heads * size)
+        return maps + _decayed(mixer, time, heads, heads, size, size) + gate
+    if isinstance(mixer, SSM):
+        heads, size = sizes.heads_of(mixer, d)
+        inner, n = heads * size, mixer.d_state or ssm.STATES
+        maps = _linear(d, inner, time).times(3) + _linear(d, 2 * n + heads, time)
+        rest = _Part(3 * heads + inner, 9 * time * inner)
+        return maps + _decayed(mixer, time, 1, heads, n, size) + rest
+    taps = mixer.kernel_len or longconv.TAPS
+    return _linear(d, d, time).times(3) + _Part(taps * d, 2 * time * (taps + 1) * d)
+
+
+def _decayed(mixer: Retention | SSM, time: int, shared: int, heads: int, n: int, m: int) -> _Part:
+    """FLOPs of `decay.decayed`: products within a chunk, and with the state."""
+    chunk = 1 if mixer.mode == "recurrent" else min(mixer.chunk or time, time)
+    within = 2 * shared * n + heads * (2 * m + 3)
+    across = heads * (4 * m * n + 3 * n)
+    chunks = -(-time // chunk)
+    return _Part(0, chunks * (chunk**2 * within + chunk * across + 2 * heads * n * m))
+
+
+def _attention(mixer: Attention, arch: Arch, time: int) -> _Part:
+    d = arch.d_model
+    heads, size = sizes.heads_of(mixer, d)
+    kv_heads = mixer.kv_heads or heads
+    out = _linear(d, heads * size, time).times(2) + _linear(d, kv_heads * size, time).times(2)
+    softmax = mixer.softmax
+    if softmax and softmax.qk_norm != "none":
+        each = 1 if softmax.qk_norm == "rms" else 2
+        out += _Part(2 * each * size, 4 * each * time * (heads + kv_heads) * size)
+    if sizes.positioned(mixer, arch):
+        if arch.pos.kind in ("rope", "xpos"):
+            out += _Part(0, 3 * time * (heads + kv_heads) * sizes.turned(mixer, arch))
+        elif arch.pos.kind == "relbias":
+            out += _Part(BUCKETS * heads, time**2 * heads)
+        else:
+            out += _Part(0, 2 * time**2 * heads)
+    if mixer.value_glu:
+        out += _linear(d, d, time) + _Part(0, 2 * time * d)
+    features = sizes.features_of(mixer)
+    if features:
+        maps = _Part(0, 2 * heads * time * features * (2 * size + 3))
+        sums = 2 * features + 2 * (size + 1) + 3
+        state = heads * time * features * (4 * (size + 1) + 3)
+        return out + maps + _Part(0, heads * time**2 * sums + state)
+    scores = 4 * size + 6 + (2 if softmax and softmax.softcap else 0)
+    return out + _Part(0, heads * time**2 * scores)
+
+
+def _ffn(arch: Arch, time: int) -> _Part:
+    ffn, d = arch.ffn, arch.d_model
+    hidden = sizes.hidden_of(ffn, d)
+    gated = ffn.act in GATED
+    maps = _linear(d, hidden, time).times(3 if gated else 2)
+    maps += _Part(0, time * hidden * (5 if ffn.act in ("gelu", "geglu") else 2))
+    if isinstance(ffn, DenseFFN):
+        return maps
+    combined = _Part(0, time * ffn.experts * hidden)
+    return maps.times(ffn.experts) + _linear(d, ffn.experts, time) + combined
+
+
+def _kv(mixer: Mixer, arch: Arch, width: int) -> float:
+    """Bytes that a token adds in one layer."""
+    if not isinstance(mixer, Attention) or sizes.features_of(mixer):
+        return 0.0
+    heads, size = sizes.heads_of(mixer, arch.d_model)
+    quant = arch.kv_policy.quant if arch.kv_policy else "none"
+    return 2 * (mixer.kv_heads or heads) * quantize.bytes_of(size, quant, width)
+
+
+def _state(mixer: Mixer, arch: Arch, width: int) -> float:
+    """Bytes of what one layer keeps whatever the length."""
+    if isinstance(mixer, Attention):
+        heads, size = sizes.heads_of(mixer, arch.d_model)
+        return 4 * heads * (sizes.features_of(mixer) or 0) * (size + 1)
+    if isinstance(mixer, Retention | SSM):
+        heads, size = sizes.heads_of(mixer, arch.d_model)
+        rows = size if isinstance(mixer, Retention) else mixer.d_state or ssm.STATES
+        return 4 * heads * rows * size
+    return width * ((mixer.kernel_len or longconv.TAPS) - 1) * arch.d_model

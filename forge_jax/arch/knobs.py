@@ -1,0 +1,74 @@
+"""Scalars that a compiled program takes as arguments, and the key of what is left."""
+
+import json
+from typing import Any
+
+from forge_jax.arch import sizes
+from forge_jax.arch.canonical import canonical
+from forge_jax.arch.mixing import Attention, Mixer, RouteUnit
+from forge_jax.arch.schema import Arch, Spec
+
+STENCIL = ("window", "stride", "dilation", "globals")
+
+
+def knobs(spec: Spec) -> dict[str, Any]:
+    """The scalars of a network, as `Network` takes them: a pytree of Python numbers."""
+    return arch_knobs(canonical(spec).arch)
+
+
+def arch_knobs(arch: Arch) -> dict[str, Any]:
+    """The same of an architecture that is canonical."""
+    unit, residual, recurrence = arch.mix_unit, arch.residual, arch.recurrence
+    out: dict[str, Any] = {"mixers": tuple(_mixer(m, arch) for m in sizes.mixers(unit))}
+    if isinstance(unit, RouteUnit):
+        out |= {"temp": unit.router.temp, "balance": unit.router.balance}
+    if residual is not None and residual.scale is not None:
+        out["residual_scale"] = residual.scale
+    if recurrence is not None and recurrence.noise_std:
+        out["noise"] = recurrence.noise_std
+    if arch.pos.rope is not None:
+        out["theta"] = arch.pos.rope.theta
+        if arch.pos.rope.scaling is not None:
+            out["factor"] = arch.pos.rope.scaling.factor
+    return out
+
+
+def _mixer(mixer: Mixer, arch: Arch) -> dict[str, Any]:
+    if not isinstance(mixer, Attention):
+        return {}
+    stencil, softmax, policy = mixer.stencil, mixer.softmax, arch.kv_policy
+    out = {name: getattr(stencil, name) for name in STENCIL} if stencil else {}
+    if softmax is not None:
+        out |= {"softcap": softmax.softcap, "scale": softmax.qk_scale}
+    if policy is not None:
+        out["kv_window"] = policy.window
+    return {name: value for name, value in out.items() if value is not None}
+
+
+def compile_key(spec: Spec, length: int = 0) -> str:
+    """Equal for networks that run in one compiled program, each with its own knobs.
+
+    `length` is that of the cache for programs that decode: a window below it is a shape.
+    """
+    full = canonical(spec)
+    tree = full.arch.model_dump(mode="json", exclude_none=True)
+    for mixer in tree["mix_unit"].get("choices", [tree["mix_unit"].get("mixer")]):
+        _blank(mixer.get("stencil", {}), *STENCIL)
+        _blank(mixer.get("softmax", {}), "softcap", "qk_scale")
+    _blank(tree["mix_unit"].get("router", {}), "temp", "balance")
+    _blank(tree.get("residual", {}), "scale")
+    _blank(tree.get("recurrence", {}), "noise_std")
+    _blank(tree["pos"].get("rope", {}), "theta")
+    _blank(tree["pos"].get("rope", {}).get("scaling", {}), "factor")
+    policy = full.arch.kv_policy
+    if policy and policy.window and policy.window >= length:
+        _blank(tree["kv_policy"], "window")
+    sizes_ = (full.train.ctx_len, full.train.vocab_size, full.train.dtype)
+    return json.dumps([tree, sizes_], sort_keys=True)
+
+
+def _blank(tree: dict[str, Any], *names: str) -> None:
+    for name in names:
+        # zero is another program for what is left out at zero (noise, balance)
+        if tree.get(name):
+            tree[name] = "traced"

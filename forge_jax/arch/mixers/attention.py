@@ -1,0 +1,154 @@
+"""Softmax attention: grouped queries, stencils, positions, and a cache that may be quantised."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from forge_jax.arch import positions, quantize, sizes
+from forge_jax.arch.layers import join_heads, linear, split_heads
+from forge_jax.arch.mixers.frame import Frame
+from forge_jax.arch.mixing import Attention
+from forge_jax.arch.schema import Arch
+from forge_jax.arch.stencils import visible
+from forge_jax.arch.structure import KVPolicy
+
+NOWHERE = 2**30  # the position of an empty slot: after every query
+
+
+class State(NamedTuple):
+    """Keys and values of earlier tokens, in slots that are used in turn."""
+
+    keys: Any  # (batch, kv_heads, slots, head_dim), or quantize.Packed
+    values: Any
+    positions: Int[Array, " slots"]
+
+
+def init_state(mixer: Attention, arch: Arch, batch: int, length: int, dtype: jnp.dtype) -> State:
+    """Empty slots: `length` of them, or the window of the cache where that is smaller."""
+    policy = arch.kv_policy or KVPolicy()
+    heads, size = sizes.heads_of(mixer, arch.d_model)
+    slots = min(length, policy.window) if policy.window else length
+    empty = jnp.zeros((batch, mixer.kv_heads or heads, slots, size), dtype)
+    packed = quantize.encode(empty, policy.quant)
+    return State(packed, packed, jnp.full(slots, NOWHERE, jnp.int32))
+
+
+def remember(state: State, keys: Any, values: Any, at: Int[Array, " time"]) -> State:
+    """Write the tokens at positions `at` over the oldest slots."""
+    slots = state.positions.shape[0]
+    kept = max(0, at.shape[0] - slots)  # of more tokens than slots only the last find room
+    where = at[kept:] % slots
+
+    def put(old, new):
+        return old.at[:, :, where].set(new[:, :, kept:])
+
+    return State(
+        jax.tree.map(put, state.keys, keys),
+        jax.tree.map(put, state.values, values),
+        state.positions.at[where].set(at[kept:]),
+    )
+
+
+def attend(
+    q: Float[Array, "batch heads time dim"],
+    k: Float[Array, "batch kv_heads slots dim"],
+    v: Float[Array, "batch kv_heads slots dim"],
+    mask: Bool[Array, "time slots"],
+    *,
+    scale: Any,
+    softcap: Any = None,
+    bias: Float[Array, "heads time slots"] | None = None,
+) -> Float[Array, "batch heads time dim"]:
+    """softmax(cap(q k scale) + bias) v, query heads in groups of heads / kv_heads, in float32."""
+    batch, heads, time, dim = q.shape
+    q = q.reshape(batch, k.shape[1], -1, time, dim)
+    scores = jnp.einsum("bhgtd,bhsd->bhgts", q, k).astype(jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.reshape(scores.shape[1:])
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1).astype(v.dtype)
+    return jnp.einsum("bhgts,bhsd->bhgtd", weights, v).reshape(batch, heads, time, dim)
+
+
+class AttentionMixer(nn.Module):
+    """Vaswani et al. 2017, eq. 1, with what `mixing.Attention` adds; no biases.
+
+    A window of the KV policy bounds attention in the full pass too, and quantised keys and values
+    are used there as the cache would return them: decoding and training see one function.
+    """
+
+    mixer: Attention
+    arch: Arch
+    dtype: jnp.dtype
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, frame: Frame, state: State | None = None):
+        mixer, policy = self.mixer, self.arch.kv_policy or KVPolicy()
+        heads, size = sizes.heads_of(mixer, self.arch.d_model)
+        kv_heads = mixer.kv_heads or heads
+        q = split_heads(linear("q", heads * size, self.dtype)(x), heads)
+        k = split_heads(linear("k", kv_heads * size, self.dtype)(x), kv_heads)
+        v = split_heads(linear("v", kv_heads * size, self.dtype, self.gain)(x), kv_heads)
+        q, k = self.placed(*self.normed(q, k), frame)
+        at = slots = frame.positions
+        if state is None:
+            k, v = quantize.through(k, policy.quant), quantize.through(v, policy.quant)
+        else:
+            packed = quantize.encode(k, policy.quant), quantize.encode(v, policy.quant)
+            # the tokens of this call see the slots as they were: some are written over
+            slots = jnp.concatenate([state.positions, at])
+            k, v = (
+                jnp.concatenate(
+                    [quantize.decode(x, size, policy.quant, self.dtype) for x in pair], axis=2
+                )
+                for pair in zip((state.keys, state.values), packed, strict=True)
+            )
+            state = remember(state, *packed, at)
+        mask = visible(mixer.stencil, at, slots, frame.knobs)
+        if policy.window:
+            mask = mask & (slots > at[:, None] - frame.knobs["kv_window"])
+        scale = frame.knobs.get("scale", size**-0.5)
+        out = attend(
+            *(q, k, v, mask),
+            scale=scale,
+            softcap=frame.knobs.get("softcap"),
+            bias=self.bias(heads, at[:, None] - slots),
+        )
+        y = linear("out", self.arch.d_model, self.dtype, self.gain)(join_heads(out))
+        if mixer.value_glu:
+            y = y * nn.sigmoid(linear("glu", self.arch.d_model, self.dtype)(x))
+        return y, state
+
+    def normed(self, q, k):
+        """Norm of every head."""
+        softmax = self.mixer.softmax
+        if softmax is None or softmax.qk_norm == "none":
+            return q, k
+        make = nn.RMSNorm if softmax.qk_norm == "rms" else nn.LayerNorm
+        return (
+            make(epsilon=1e-6, dtype=self.dtype, name="q_norm")(q),
+            make(epsilon=1e-6, dtype=self.dtype, name="k_norm")(k),
+        )
+
+    def placed(self, q, k, frame: Frame):
+        """Rotate queries and keys."""
+        if frame.turn is None:
+            return q, k
+        return positions.rotate(q, frame.turn[0]), positions.rotate(k, frame.turn[1])
+
+    def bias(self, heads: int, distance):
+        """ALiBi's slopes, or a learned bias per bucket of distance."""
+        kind = self.arch.pos.kind
+        if self.mixer.pos == "none" or kind not in ("alibi", "relbias"):
+            return None
+        if kind == "alibi":
+            slopes = jnp.asarray(positions.alibi_slopes(heads))[:, None, None]
+            return -slopes * jnp.maximum(distance, 0)
+        shape = (positions.BUCKETS, heads)
+        table = self.param("relbias", nn.initializers.normal(0.02), shape)
+        return jnp.moveaxis(table[positions.buckets(distance)], -1, 0)

@@ -1,0 +1,235 @@
+"""What a well-typed document can still get wrong, as (path, sentence) pairs.
+
+`problems` stand in the way of a build, `notes` tell of fields that have no effect or are cut.
+"""
+
+from collections.abc import Iterator
+
+from forge_jax.arch import sizes
+from forge_jax.arch.mixing import (
+    SSM,
+    Attention,
+    LongConv,
+    Mixer,
+    Node,
+    Retention,
+    RouteUnit,
+    SingleUnit,
+    Stencil,
+)
+from forge_jax.arch.schema import Arch, Spec
+from forge_jax.arch.structure import MoEFFN
+
+Path = tuple[str | int, ...]
+Finding = tuple[Path, str]
+
+# stencil kind -> (fields it needs, fields it may have)
+STENCILS: dict[str, tuple[set[str], set[str]]] = {
+    "full": (set(), set()),
+    "local": ({"window"}, {"globals"}),
+    "sliding": ({"window"}, {"stride", "globals"}),
+    "dilated": ({"dilation"}, {"window", "globals"}),
+    "block": ({"block"}, {"globals"}),
+    "ring": ({"block"}, {"stride", "globals"}),
+    "hybrid": ({"window", "dilation"}, {"globals"}),
+    "cross": ({"query", "key"}, set()),
+}
+
+
+def placed_mixers(arch: Arch) -> Iterator[tuple[Path, Mixer]]:
+    """Every mixer with its path."""
+    at: Path = ("arch", "mix_unit")
+    if isinstance(arch.mix_unit, SingleUnit):
+        yield (*at, "mixer"), arch.mix_unit.mixer
+    else:
+        yield from (((*at, "choices", i), m) for i, m in enumerate(arch.mix_unit.choices))
+
+
+def problems(spec: Spec) -> list[Finding]:
+    """Why the document cannot be built."""
+    arch = spec.arch
+    found = [*_unbuilt(spec)]
+    for path, mixer in placed_mixers(arch):
+        found += _mixer(path, mixer, arch)
+    found += [*_unit(arch), *_positions(arch), *_cache(arch), *_around(arch), *_train(spec)]
+    return found
+
+
+def _mixer(path: Path, mixer: Mixer, arch: Arch) -> Iterator[Finding]:
+    if isinstance(mixer, Attention):
+        yield from _attention(path, mixer, arch)
+    elif isinstance(mixer, SSM):
+        inner = sizes.inner_of(mixer, arch.d_model)
+        if mixer.heads and inner % mixer.heads:
+            yield (*path, "heads"), f"must divide the {inner} inner features, got {mixer.heads}"
+    elif not isinstance(mixer, LongConv):
+        yield from _heads(path, mixer, arch)
+
+
+def _heads(path: Path, mixer: Attention | Retention, arch: Arch) -> Iterator[Finding]:
+    if mixer.heads and not mixer.head_dim and arch.d_model % mixer.heads:
+        yield (*path, "heads"), f"must divide d_model {arch.d_model}, got {mixer.heads}"
+
+
+def _attention(path: Path, mixer: Attention, arch: Arch) -> Iterator[Finding]:
+    heads, _ = sizes.heads_of(mixer, arch.d_model)
+    yield from _heads(path, mixer, arch)
+    if mixer.kv_heads and heads % mixer.kv_heads:
+        yield (*path, "kv_heads"), f"must divide the {heads} heads, got {mixer.kv_heads}"
+    if mixer.pos not in (None, "none", arch.pos.kind):
+        yield (*path, "pos"), f'must be "none" or the kind of arch.pos, got {mixer.pos}'
+    if mixer.stencil:
+        yield from _stencil((*path, "stencil"), mixer.stencil)
+    yield from _softmax((*path, "softmax"), mixer, arch)
+
+
+def _stencil(path: Path, stencil: Stencil) -> Iterator[Finding]:
+    for field in sorted(STENCILS[stencil.kind][0]):
+        if getattr(stencil, field) is None:
+            yield (*path, field), f"is needed by a {stencil.kind} stencil"
+
+
+def _softmax(path: Path, mixer: Attention, arch: Arch) -> Iterator[Finding]:
+    softmax = mixer.softmax
+    if softmax is None:
+        return
+    if softmax.type == "scaled" and softmax.qk_scale is None:
+        yield (*path, "qk_scale"), "is needed by a scaled softmax"
+    if softmax.type != "kernel":
+        return
+    if softmax.kernel is None or softmax.kernel.features is None:
+        yield (*path, "kernel", "features"), "is needed by a kernel softmax"
+    if softmax.softcap is not None:
+        yield (*path, "softcap"), "has no scores to cap in a kernel softmax"
+    if mixer.stencil and mixer.stencil.kind != "full":
+        yield (*path, "type"), f"a kernel sees all the past, not a {mixer.stencil.kind} stencil"
+    if arch.pos.kind in ("alibi", "relbias", "xpos") and mixer.pos != "none":
+        yield (*path, "type"), f"a kernel softmax takes no {arch.pos.kind} positions"
+    if arch.kv_policy and (arch.kv_policy.cache != "full" or arch.kv_policy.quant != "none"):
+        yield (*path, "type"), "a kernel softmax keeps sums, not keys: kv_policy must be full"
+
+
+def _unit(arch: Arch) -> Iterator[Finding]:
+    unit = arch.mix_unit
+    if isinstance(unit, RouteUnit) and (unit.router.topk or 1) > len(unit.choices):
+        sentence = f"must be at most {len(unit.choices)}, the choices, got {unit.router.topk}"
+        yield ("arch", "mix_unit", "router", "topk"), sentence
+    if isinstance(arch.ffn, MoEFFN) and arch.ffn.topk > arch.ffn.experts:
+        sentence = f"must be at most {arch.ffn.experts}, the experts, got {arch.ffn.topk}"
+        yield ("arch", "ffn", "topk"), sentence
+
+
+def _positions(arch: Arch) -> Iterator[Finding]:
+    path, pos = ("arch", "pos"), arch.pos
+    used = any(sizes.positioned(m, arch) for m in sizes.mixers(arch.mix_unit))
+    if pos.kind in ("alibi", "relbias") and not used:
+        yield (*path, "kind"), f"{pos.kind} needs an Attention mixer to act on"
+    scaling = pos.rope.scaling if pos.rope else None
+    if scaling is None:
+        return
+    if (scaling.type == "longrope") != (scaling.longrope is not None):
+        yield (*path, "rope", "scaling", "longrope"), "goes with type longrope, and only with it"
+    narrow = [m for m in sizes.attentions(arch) if sizes.turned(m, arch) < 4]
+    if scaling.type == "ntk" and narrow:
+        yield (*path, "rope", "scaling"), "ntk needs at least 4 turned features per head"
+
+
+def _cache(arch: Arch) -> Iterator[Finding]:
+    policy = arch.kv_policy
+    if policy is None:
+        return
+    if policy.cache in ("window", "ring") and policy.window is None:
+        yield ("arch", "kv_policy", "window"), f"is needed by a {policy.cache} cache"
+    if (policy.cache == "latent") != (policy.latent is not None):
+        yield ("arch", "kv_policy", "latent"), "goes with a latent cache, and only with it"
+
+
+def _around(arch: Arch) -> Iterator[Finding]:
+    residual, recurrence = arch.residual, arch.recurrence
+    if residual and residual.kind == "dual" and False in (residual.pre_ln, residual.post_ln):
+        yield ("arch", "residual"), "dual has both norms, pre_ln and post_ln"
+    if recurrence:
+        parts = (recurrence.prelude, recurrence.body, recurrence.coda)
+        if sum(parts) != arch.n_layers:
+            sentence = f"prelude + body + coda must be n_layers {arch.n_layers}, got {sum(parts)}"
+            yield ("arch", "recurrence"), sentence
+
+
+def _train(spec: Spec) -> Iterator[Finding]:
+    for i, beta in enumerate(spec.train.betas or ()):
+        if not 0 <= beta < 1:
+            yield ("train", "betas", i), f"must lie in [0, 1), got {beta}"
+
+
+def _unbuilt(spec: Spec) -> Iterator[Finding]:
+    """Fields of the language that no code builds: refused, never passed over."""
+    arch = spec.arch
+    never = "is not supported"
+    for name in ("cond", "hierarchy", "modules", "pipeline"):
+        if getattr(arch, name) is not None:
+            yield ("arch", name), never
+    if arch.depth_router and arch.depth_router.kind != "none":
+        yield ("arch", "depth_router", "kind"), f"{arch.depth_router.kind} {never}"
+    if arch.kv_policy and arch.kv_policy.evict is not None:
+        yield ("arch", "kv_policy", "evict"), never
+    if arch.kv_policy and arch.kv_policy.cache == "latent":
+        yield ("arch", "kv_policy", "cache"), f"latent {never}"
+    if arch.recurrence and arch.recurrence.loops and arch.recurrence.loops.schedule:
+        yield ("arch", "recurrence", "loops", "schedule"), never
+    for path, mixer in placed_mixers(arch):
+        if not isinstance(mixer, Attention):
+            continue
+        if mixer.stencil and mixer.stencil.kind == "cross":
+            yield (*path, "stencil", "kind"), f"cross {never}"
+        if mixer.projection and mixer.projection.type == "low_rank":
+            reason = f"low_rank {never}: it reads the whole length, the future with it"
+            yield (*path, "projection", "type"), reason
+        kernel = mixer.softmax.kernel if mixer.softmax else None
+        if kernel and kernel.name != "favor":
+            yield (*path, "softmax", "kernel", "name"), f"{kernel.name} {never}"
+
+
+def notes(spec: Spec) -> list[Finding]:
+    """What the document says without effect, or beyond a limit to which it is cut."""
+    return [*_idle(spec.arch)]
+
+
+def _idle(arch: Arch) -> Iterator[Finding]:
+    attention = sizes.attentions(arch)
+    for path, mixer in placed_mixers(arch):
+        if isinstance(mixer, Attention):
+            yield from _idle_attention(path, mixer, arch)
+        elif not isinstance(mixer, LongConv) and mixer.mode == "recurrent" and mixer.chunk:
+            yield (*path, "chunk"), "has no effect on the recurrent form"
+    rope = arch.pos.rope
+    if rope and arch.pos.kind not in ("rope", "xpos"):
+        yield ("arch", "pos", "rope"), f"has no effect on {arch.pos.kind} positions"
+    elif rope and rope.dims and attention:
+        most = max(sizes.heads_of(m, arch.d_model)[1] for m in attention) // 2 * 2
+        if rope.dims > most:
+            yield ("arch", "pos", "rope", "dims"), f"cut to the head's {most}, got {rope.dims}"
+    policy = arch.kv_policy
+    if policy and not attention and policy.cache != "none":
+        yield ("arch", "kv_policy"), "has no effect without an Attention mixer"
+    elif policy and policy.window and policy.cache not in ("window", "ring"):
+        yield ("arch", "kv_policy", "window"), f"has no effect on a {policy.cache} cache"
+    residual = arch.residual
+    if residual and residual.kind == "deepnet" and (residual.pre_ln or residual.post_ln):
+        yield ("arch", "residual"), "pre_ln and post_ln have no effect on deepnet"
+
+
+def _idle_attention(path: Path, mixer: Attention, arch: Arch) -> Iterator[Finding]:
+    if mixer.pos == "none" and arch.pos.kind == "learned":
+        yield (*path, "pos"), "has no effect on learned positions, which are added to the tokens"
+    stencil, softmax = mixer.stencil, mixer.softmax
+    if stencil:
+        for field in _given(stencil) - set.union(*STENCILS[stencil.kind]) - {"kind"}:
+            yield (*path, "stencil", field), f"has no effect on a {stencil.kind} stencil"
+    if mixer.projection and mixer.projection.type == "none" and len(_given(mixer.projection)) > 1:
+        yield (*path, "projection"), "has no effect while its type is none"
+    if softmax and softmax.kernel and softmax.type != "kernel":
+        yield (*path, "softmax", "kernel"), f"has no effect on a {softmax.type} softmax"
+
+
+def _given(node: Node) -> set[str]:
+    return {name for name in node.model_fields_set if getattr(node, name) is not None}

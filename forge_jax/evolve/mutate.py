@@ -1,0 +1,110 @@
+"""Children: documents that are valid and mean another network than their parents."""
+
+import copy
+import random
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import NamedTuple
+
+from forge_jax import arch
+from forge_jax.evolve.operators import EDITS
+from forge_jax.evolve.tree import Edit, difference, grown, tree_of
+
+TRIES = 200
+
+
+class Child(NamedTuple):
+    """A new document and how it came about."""
+
+    spec: arch.Spec  # canonical
+    operator: str  # names joined by "+"
+    diff: tuple[str, ...]  # `path: old -> new`, against the (first) parent
+
+
+def apply(edit: Edit, spec: arch.Spec, rng: random.Random) -> arch.Spec | None:
+    """The child that an edit makes; None where it makes none: inapplicable, invalid, the same."""
+    tree = copy.deepcopy(tree_of(spec))
+    if not edit(tree["arch"], rng):
+        return None
+    child = grown(tree)
+    if child is None or arch.fingerprint(child) == arch.fingerprint(spec):
+        return None
+    return child
+
+
+Operator = Callable[[arch.Spec, random.Random], arch.Spec | None]
+"""A pure function of a document and the state of a generator."""
+OPERATORS: dict[str, Operator] = {name: partial(apply, edit) for name, edit in EDITS.items()}
+
+
+def mutate(
+    spec: arch.Spec,
+    rng: random.Random,
+    *,
+    steps: int = 1,
+    operators: Collection[str] = tuple(OPERATORS),
+    known: Collection[str] = (),
+) -> Child:
+    """A child by `steps` operators in a row, each of which changed the network.
+
+    The child's fingerprint is its parent's never, and none of `known`.
+
+    Raises:
+      ValueError: an operator has no such name, or no child was found in 200 tries.
+    """
+    unknown = set(operators) - set(OPERATORS)
+    if unknown or steps < 1:
+        raise ValueError(f"Wanted names of OPERATORS and steps >= 1, got {unknown} and {steps}.")
+    names, avoided = sorted(operators), {arch.fingerprint(spec), *known}
+    for _ in range(TRIES):
+        child, applied = spec, []
+        for _ in range(TRIES):
+            name = rng.choice(names)
+            if (changed := OPERATORS[name](child, rng)) is not None:
+                child = changed
+                applied.append(name)
+            if len(applied) == steps:
+                break
+        if len(applied) == steps and arch.fingerprint(child) not in avoided:
+            return Child(child, "+".join(applied), _diff(spec, child))
+    raise ValueError(f"None of `operators` made a new child in {TRIES} tries.")
+
+
+# What crosses over together: a looped stack has as many layers as its parts.
+GENES = (
+    ("d_model",),
+    ("n_layers", "recurrence"),
+    ("mix_unit",),
+    ("ffn",),
+    ("norm",),
+    ("pos",),
+    ("kv_policy",),
+    ("residual",),
+)
+
+
+def crossover(
+    one: arch.Spec, two: arch.Spec, rng: random.Random, *, known: Collection[str] = ()
+) -> Child | None:
+    """Each gene from either parent; None where no mixture is valid and unlike both.
+
+    What is not architecture (training, budgets) is the first parent's.
+    """
+    first, second = tree_of(one), tree_of(two)
+    avoided = {arch.fingerprint(one), arch.fingerprint(two), *known}
+    for _ in range(2 * len(GENES)):
+        tree = copy.deepcopy(first)
+        for gene in GENES:
+            if rng.random() < 0.5:
+                for name in gene:
+                    tree["arch"].pop(name, None)
+                    if name in second["arch"]:
+                        tree["arch"][name] = copy.deepcopy(second["arch"][name])
+        child = grown(tree)
+        if child is not None and arch.fingerprint(child) not in avoided:
+            return Child(child, "crossover", _diff(one, child))
+    return None
+
+
+def _diff(parent: arch.Spec, child: arch.Spec) -> tuple[str, ...]:
+    return tuple(difference(tree_of(parent), tree_of(child)))

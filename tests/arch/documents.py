@@ -1,0 +1,39 @@
+"""Small documents that the tests of this folder vary."""
+
+import copy
+from typing import Any
+
+BASE: dict[str, Any] = {
+    "arch": {
+        "d_model": 16,
+        "n_layers": 2,
+        "mix_unit": {"kind": "single", "mixer": {"kind": "Attention", "heads": 4, "kv_heads": 2}},
+        "ffn": {"kind": "dense", "mult": 2, "act": "swiglu"},
+        "norm": "RMSNorm",
+        "pos": {"kind": "rope"},
+    },
+    "train": {"ctx_len": 32, "vocab_size": 11},
+}
+
+
+def edited(changes: dict[str, Any], base: dict[str, Any] = BASE) -> dict[str, Any]:
+    """A copy with values put at dotted paths ("arch.mix_unit.choices.0.heads"); None removes."""
+    out = copy.deepcopy(base)
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        value = copy.deepcopy(value)  # a later path may reach into it
+        here: Any = out
+        for part in parents:
+            here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})
+        if value is None:
+            here.pop(last, None)
+        elif isinstance(here, list):
+            here[int(last)] = value
+        else:
+            here[last] = value
+    return out
+
+
+def mixer(**fields: Any) -> dict[str, Any]:
+    """The base with another single mixer."""
+    return edited({"arch.mix_unit": {"kind": "single", "mixer": fields}})

@@ -1,0 +1,156 @@
+"""Whole networks: decoding token by token is the full pass, and no token sees a later one."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from forge_jax import arch
+from tests.arch.documents import BASE, edited
+from tests.arch.programs import jitted, random_network, random_tokens
+
+A = {"kind": "Attention", "heads": 4, "kv_heads": 2}
+F = {**A, "softmax": {"type": "kernel", "kernel": {"features": 8}}}
+R, S = {"kind": "Retention", "heads": 2, "chunk": 5}, {"kind": "SSM", "heads": 2, "d_state": 4}
+C = {"kind": "LongConv", "kernel_len": 3}
+LOCAL = {**A, "stencil": {"kind": "local", "window": 3, "globals": 1}}
+MOE = {"kind": "moe", "mult": 1, "act": "geglu", "experts": 3, "topk": 2, "capacity": 0.7}
+LOOPS = {"prelude": 1, "body": 1, "coda": 1, "loops": {"train": 3, "eval": 2}}
+
+
+def unit(kind, *choices, **more):
+    return {"arch.mix_unit": {"kind": kind, "choices": list(choices), **more}}
+
+
+DOCUMENTS = {
+    "attention and Performer": unit("par", A, F, merge="Concat"),
+    "Retention, state space, convolution": unit("par", R, S, C, merge="WeightedAdd"),
+    "routed, with experts of limited capacity": {
+        **unit("route", LOCAL, C, router={"topk": 1, "temp": 0.5, "balance": 0.1}),
+        "arch.ffn": MOE,
+    },
+    "alibi through a small quantised ring": {
+        "arch.pos.kind": "alibi",
+        "arch.kv_policy": {"cache": "ring", "window": 4, "quant": "int8"},
+    },
+    "looped ResiDual with learned positions": {
+        "arch.n_layers": 3,
+        "arch.pos.kind": "learned",
+        "arch.residual": {"kind": "dual"},
+        "arch.recurrence": {**LOOPS, "adapter": "concat_linear"},
+    },
+    "DeepNet with xPos": {"arch.pos.kind": "xpos", "arch.residual": {"kind": "deepnet"}},
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_decoding_is_the_full_pass_and_looks_back_only(name):
+    spec, network, params = random_network(edited(DOCUMENTS[name]))
+    tokens = random_tokens(12)
+
+    @jitted
+    def both(params, tokens):
+        cache = arch.init_cache(spec, 2, 12)
+
+        def one(cache, token):
+            logits, cache = network.apply(params, token[:, None], cache)
+            return cache, logits[:, 0]
+
+        last, one_by_one = jax.lax.scan(one, cache, tokens.T)
+        return network.apply(params, tokens)[0], one_by_one.swapaxes(0, 1), last.index  # pyright: ignore
+
+    full, one_by_one, index = both(params, tokens)
+    assert full.shape == (2, 12, 11)
+    assert full.dtype == jnp.float32
+    assert index == 12
+    np.testing.assert_allclose(one_by_one, full, atol=2e-4)
+    for at in range(1, 12):
+        changed, _, _ = both(params, tokens.at[:, at].add(1) % 11)
+        np.testing.assert_array_equal(changed[:, :at], full[:, :at])
+        assert not np.array_equal(changed[:, at], full[:, at])
+
+
+def test_a_prompt_may_overrun_a_ring():
+    policy = {"cache": "ring", "window": 3}
+    spec, network, params = random_network(edited({"arch.kv_policy": policy}))
+    tokens = random_tokens(12)
+    full = jitted(network.apply)(params, tokens)[0]
+    cache = arch.init_cache(spec, 2, 12)
+    read = jitted(network.apply)
+    first, cache = read(params, tokens[:, :6], cache)
+    second, cache = read(params, tokens[:, 6:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), full, atol=2e-4)
+
+
+SCALARS = [
+    {"kind": "local", "window": 2},
+    {"kind": "local", "window": 7},
+    {"kind": "ring", "block": 3},
+    {"kind": "block", "block": 5},
+    {"kind": "sliding", "window": 4, "stride": 3},
+]
+
+
+def test_scalars_share_one_program():
+    """Windows, strides, theta and caps are arguments: five networks, one trace."""
+    documents = [
+        edited(
+            {
+                "arch.mix_unit.mixer.stencil": stencil,
+                "arch.mix_unit.mixer.softmax.softcap": 2.0 + i,
+                "arch.pos.rope.theta": 100.0 + i,
+            }
+        )
+        for i, stencil in enumerate(SCALARS)
+    ]
+    specs = [arch.from_dict(document) for document in documents]
+    assert len({arch.compile_key(spec) for spec in specs}) == 1
+    assert arch.compile_key(specs[0]) != arch.compile_key(arch.from_dict(BASE))
+    _, network, params = random_network(documents[0])
+    tokens = random_tokens(12)
+    shared = jitted(
+        chex.assert_max_traces(lambda k: network.apply(params, tokens, knobs=k)[0], n=1)
+    )
+    with jax.disable_jit():  # NumPy's constants in place of traced scalars
+        own = [arch.build(spec).apply(params, tokens)[0] for spec in specs]
+    for spec, wanted in zip(specs, own, strict=True):
+        np.testing.assert_allclose(shared(arch.knobs(spec)), wanted, atol=1e-4)
+    assert not np.allclose(own[0], own[1])
+
+
+def test_training_loops_noise_and_balance():
+    document = edited(
+        {
+            **unit("route", C, {**C, "kernel_len": 4}, router={"balance": 0.5}),
+            "arch.n_layers": 1,
+            "arch.pos.kind": "learned",
+            "arch.recurrence": {"body": 1, "noise_std": 0.3, "loops": {"train": 2, "eval": 1}},
+        }
+    )
+    _, network, params = random_network(document)
+    tokens = random_tokens(6)
+
+    def losses(params, key):
+        rngs = {"noise": key}
+        out = network.apply(params, tokens, train=True, rngs=rngs, mutable=["losses"])
+        (logits, _), sown = out
+        return sum(jnp.sum(x) for x in jax.tree.leaves(sown)), logits
+
+    f = jitted(jax.value_and_grad(losses, has_aux=True))
+    (loss, one), gradient = f(params, jax.random.key(0))
+    (_, two), _ = f(params, jax.random.key(1))
+    assert not np.allclose(one, two)
+    assert float(loss) >= 2 * 0.5  # two loops of one layer, each at least the weight
+    assert np.abs(gradient["params"]["body"]["mix"]["router"]["kernel"]).max() > 0
+
+
+def test_what_does_not_fit_is_refused():
+    spec, network, params = random_network(BASE)
+    with pytest.raises(ValueError, match=r"at most train\.ctx_len 32 tokens, got 33"):
+        network.apply(params, random_tokens(33))
+    with pytest.raises(ValueError, match=r"must be at most train\.ctx_len 32, got 40"):
+        arch.init_cache(spec, 1, 40)
+    none = arch.from_dict(edited({"arch.kv_policy.cache": "none"}))
+    with pytest.raises(ValueError, match="keeps no cache"):
+        arch.init_cache(none, 1, 8)

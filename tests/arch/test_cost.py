@@ -1,0 +1,95 @@
+"""Counted parameters are exact, FLOPs close to the compiler's, bytes those of the cache."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from forge_jax import arch
+from tests.arch.documents import edited
+
+A = {"kind": "Attention", "heads": 4, "kv_heads": 2}
+R, S, C = {"kind": "Retention", "heads": 4}, {"kind": "SSM"}, {"kind": "LongConv"}
+F = {**A, "softmax": {"type": "kernel", "kernel": {"features": 32}}}
+WIDE = edited({"arch.d_model": 64, "train.ctx_len": 64, "train.vocab_size": 128})
+
+
+def unit(mixer):
+    return {"arch.mix_unit": {"kind": "single", "mixer": mixer}}
+
+
+def many(kind, merge, **more):
+    return {"arch.mix_unit": {"kind": kind, "choices": [A, R, S, C], "merge": merge, **more}}
+
+
+DOCUMENTS = [
+    {},
+    {"arch.norm": "LayerNorm", "arch.ffn.act": "gelu", "arch.pos.kind": "learned"},
+    {"arch.norm": "ScaleNorm", "arch.ffn.act": "relu", "arch.pos.kind": "alibi"},
+    {"arch.pos.kind": "relbias", "arch.mix_unit.mixer.softmax": {"qk_norm": "rms", "softcap": 9}},
+    {"arch.mix_unit.mixer.softmax": {"qk_norm": "layer"}, "arch.mix_unit.mixer.value_glu": True},
+    unit(R),
+    unit(S),
+    unit(C),
+    unit(F),
+    many("par", "WeightedAdd"),
+    many("par", "Concat"),
+    many("route", "WeightedAdd", router={"topk": 2}),
+    many("route", "Concat", router={}),
+    {"arch.ffn": {"kind": "moe", "mult": 1, "act": "swiglu", "experts": 3}},
+    {"arch.residual": {"kind": "dual"}},
+    {"arch.residual": {"kind": "deepnet"}},
+    {"arch.residual": {"kind": "single", "post_ln": True}},
+    {"arch.residual": {"kind": "single", "pre_ln": False}},
+    {"arch.recurrence": {"prelude": 1, "body": 1, "loops": {"train": 3, "eval": 2}}},
+    {
+        "arch.recurrence": {"body": 2, "adapter": "concat_linear", "loops": {"train": 2}},
+        "arch.residual": {"kind": "dual"},
+    },
+]
+
+
+@pytest.mark.parametrize("changes", DOCUMENTS)
+def test_counts_agree_with_the_program(changes):
+    spec = arch.from_dict(edited(changes, WIDE))
+    found = arch.cost(spec)
+    network = arch.build(spec, unroll=True)
+    tokens = jnp.zeros((1, 64), jnp.int32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), tokens)
+    assert found.params == sum(x.size for x in jax.tree.leaves(variables["params"]))
+    params = {"params": variables["params"]}
+    counted = jax.jit(lambda p, t: network.apply(p, t)[0]).lower(params, tokens).cost_analysis()
+    assert counted is not None
+    assert found.flops == pytest.approx(counted["flops"], rel=0.1)
+    cache = jax.eval_shape(lambda: arch.init_cache(spec, 1, 64))
+    held = [x for x in jax.tree.leaves(cache) if x.dtype != jnp.int32]
+    assert found.cache_bytes == sum(x.size * x.dtype.itemsize for x in held)
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "fp8", "nf4"])
+@pytest.mark.parametrize("window", [None, 8])
+def test_bytes_are_those_of_the_cache(quant, window):
+    policy = {"cache": "window" if window else "full", "quant": quant, "window": window}
+    spec = arch.from_dict(edited({"arch.kv_policy": policy}, WIDE))
+    held = jax.tree.leaves(jax.eval_shape(lambda: arch.init_cache(spec, 1, 64)).parts)
+    total = sum(x.size * x.dtype.itemsize for x in held if x.dtype != jnp.int32)
+    found = arch.cost(spec)
+    assert found.cache_bytes == total == found.kv_bytes * (window or 64)
+
+
+def test_training_runs_the_training_loops():
+    loops = {"arch.recurrence": {"body": 2, "loops": {"train": 3, "eval": 1}}}
+    plain, looped = (arch.cost(arch.from_dict(edited(c, WIDE))) for c in ({}, loops))
+    assert looped.flops == plain.flops
+    assert 2.5 * plain.train_flops < looped.train_flops < 3 * plain.train_flops
+    assert looped.params == plain.params
+
+
+def test_a_budget_is_compared():
+    budget = {"budget": {"params_target": 10, "flops_target": "match:small"}}
+    spec = arch.from_dict(edited(budget | {"train.budget.flops_per_step": 5}, WIDE))
+    found = arch.cost(spec)
+    small = found._replace(train_flops=found.train_flops / 2)
+    assert len(arch.over_budget(spec, found, {"small": small})) == 3
+    assert arch.over_budget(arch.from_dict(WIDE), found) == ()
+    with pytest.raises(ValueError, match="must have 'small'"):
+        arch.over_budget(spec, found)

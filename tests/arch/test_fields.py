@@ -1,0 +1,298 @@
+"""Every field of the language does something, or is refused where it stands.
+
+The list of fields is read from the schema: a field that is added without an effect, or without an
+entry in `CASES`, fails here.
+"""
+
+import types
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pydantic import BaseModel
+
+from forge_jax import arch
+from forge_jax.arch.schema import Spec
+from tests.arch.documents import edited
+from tests.arch.programs import random_like, random_tokens
+
+M = "arch.mix_unit.mixer"
+KERNEL = {"type": "kernel", "kernel": {"features": 8}}
+ROUTE = {
+    "kind": "route",
+    "choices": [{"kind": "Attention", "heads": 2}, {"kind": "LongConv"}],
+    "router": {"topk": 1},
+}
+PAR = {"kind": "par", "choices": ROUTE["choices"], "merge": "Add"}
+MOE = {"kind": "moe", "mult": 1, "act": "relu", "experts": 3, "topk": 2, "capacity": 0.5}
+LOOP = {"prelude": 0, "body": 2, "loops": {"train": 3, "eval": 2}}
+YARN = {"type": "yarn", "factor": 4}
+LONG = {"type": "longrope", "factor": 4, "longrope": {"alpha": 1, "beta": 1}}
+SSM = {"kind": "SSM", "heads": 2, "d_state": 4, "chunk": 4}
+RETENTION = {"kind": "Retention", "heads": 2, "chunk": 4}
+REFUSED = "refused"
+TRAIN = "train"  # read by whoever trains; the network is the same
+
+# Node and field -> (what the base document needs, the change), REFUSED with a change, or TRAIN.
+CASES = {
+    ("Spec", "arch"): ({}, {"arch.d_model": 32}),
+    ("Spec", "train"): ({}, {"train.vocab_size": 12}),
+    ("Spec", "budget"): ({}, {"budget.params_target": 1}),
+    ("Budget", "params_target"): ({}, {"budget.params_target": 1}),
+    ("Budget", "flops_target"): ({}, {"budget.flops_target": 1}),
+    ("Train", "ctx_len"): ({"arch.pos": {"kind": "learned"}}, {"train.ctx_len": 64}),
+    ("Train", "vocab_size"): ({}, {"train.vocab_size": 12}),
+    ("Train", "dtype"): ({}, {"train.dtype": "bf16"}),
+    ("Train", "budget"): ({}, {"train.budget.flops_per_step": 1}),
+    ("StepBudget", "flops_per_step"): ({}, {"train.budget.flops_per_step": 1}),
+    **{("Train", name): TRAIN for name in ("lr", "wd", "betas", "clip")},
+    **{("StepBudget", name): TRAIN for name in ("tokens_per_step", "max_steps")},
+    ("Arch", "d_model"): ({}, {"arch.d_model": 32}),
+    ("Arch", "n_layers"): ({}, {"arch.n_layers": 3}),
+    ("Arch", "mix_unit"): ({}, {"arch.mix_unit": PAR}),
+    ("Arch", "ffn"): ({}, {"arch.ffn": MOE}),
+    ("Arch", "norm"): ({}, {"arch.norm": "ScaleNorm"}),
+    ("Arch", "pos"): ({}, {"arch.pos": {"kind": "alibi"}}),
+    ("Arch", "kv_policy"): ({}, {"arch.kv_policy": {"quant": "int8"}}),
+    ("Arch", "residual"): ({}, {"arch.residual": {"kind": "dual"}}),
+    ("Arch", "recurrence"): ({}, {"arch.recurrence": LOOP}),
+    ("Arch", "cond"): (REFUSED, {"arch.cond": {}}),
+    ("Arch", "hierarchy"): (REFUSED, {"arch.hierarchy": {"levels": [{"every": 2}]}}),
+    ("Arch", "depth_router"): (REFUSED, {"arch.depth_router": {"kind": "token"}}),
+    ("Arch", "modules"): (REFUSED, {"arch.modules": {}}),
+    ("Arch", "pipeline"): (REFUSED, {"arch.pipeline": []}),
+    ("SingleUnit", "kind"): ({}, {"arch.mix_unit": PAR}),
+    ("SingleUnit", "mixer"): ({}, {M: RETENTION}),
+    ("ParUnit", "kind"): ({"arch.mix_unit": PAR}, {"arch.mix_unit": ROUTE}),
+    ("ParUnit", "choices"): (
+        {"arch.mix_unit": PAR},
+        {"arch.mix_unit.choices": PAR["choices"] * 2},
+    ),
+    ("ParUnit", "merge"): ({"arch.mix_unit": PAR}, {"arch.mix_unit.merge": "Concat"}),
+    ("RouteUnit", "kind"): ({"arch.mix_unit": ROUTE}, {"arch.mix_unit": PAR}),
+    ("RouteUnit", "choices"): (
+        {"arch.mix_unit": ROUTE},
+        {"arch.mix_unit.choices": PAR["choices"] * 2},
+    ),
+    ("RouteUnit", "merge"): ({"arch.mix_unit": ROUTE}, {"arch.mix_unit.merge": "Concat"}),
+    ("RouteUnit", "router"): ({"arch.mix_unit": ROUTE}, {"arch.mix_unit.router": {}}),
+    ("Router", "topk"): ({"arch.mix_unit": ROUTE}, {"arch.mix_unit.router.topk": 2}),
+    ("Router", "temp"): (
+        {"arch.mix_unit": {**ROUTE, "router": {}}},
+        {"arch.mix_unit.router.temp": 0.3},
+    ),
+    ("Router", "balance"): ({"arch.mix_unit": ROUTE}, {"arch.mix_unit.router.balance": 0.5}),
+    ("Attention", "kind"): ({}, {M: RETENTION}),
+    ("Attention", "heads"): ({}, {f"{M}.heads": 8}),
+    ("Attention", "kv_heads"): ({}, {f"{M}.kv_heads": 4}),
+    ("Attention", "head_dim"): ({}, {f"{M}.head_dim": 8}),
+    ("Attention", "stencil"): ({}, {f"{M}.stencil": {"kind": "local", "window": 3}}),
+    ("Attention", "softmax"): ({}, {f"{M}.softmax": {"qk_norm": "rms"}}),
+    ("Attention", "projection"): (REFUSED, {f"{M}.projection": {"type": "low_rank", "rank": 4}}),
+    ("Attention", "pos"): ({}, {f"{M}.pos": "none"}),
+    ("Attention", "mode"): (REFUSED, {f"{M}.mode": "recurrent"}),
+    ("Attention", "value_glu"): ({}, {f"{M}.value_glu": True}),
+    ("Stencil", "kind"): ({}, {f"{M}.stencil": {"kind": "block", "block": 3}}),
+    ("Stencil", "window"): (
+        {f"{M}.stencil": {"kind": "local", "window": 3}},
+        {f"{M}.stencil.window": 4},
+    ),
+    ("Stencil", "dilation"): (
+        {f"{M}.stencil": {"kind": "dilated", "dilation": 2}},
+        {f"{M}.stencil.dilation": 3},
+    ),
+    ("Stencil", "block"): (
+        {f"{M}.stencil": {"kind": "ring", "block": 3}},
+        {f"{M}.stencil.block": 4},
+    ),
+    ("Stencil", "stride"): (
+        {f"{M}.stencil": {"kind": "sliding", "window": 3}},
+        {f"{M}.stencil.stride": 3},
+    ),
+    ("Stencil", "globals"): (
+        {f"{M}.stencil": {"kind": "local", "window": 3}},
+        {f"{M}.stencil.globals": 2},
+    ),
+    **{
+        ("Stencil", name): (REFUSED, {f"{M}.stencil": {"kind": "cross", "query": "a", "key": "b"}})
+        for name in ("query", "key")
+    },
+    ("Softmax", "type"): ({f"{M}.softmax": {"kernel": {"features": 8}}}, {f"{M}.softmax": KERNEL}),
+    ("Softmax", "qk_scale"): ({}, {f"{M}.softmax.qk_scale": 0.2}),
+    ("Softmax", "qk_norm"): ({}, {f"{M}.softmax.qk_norm": "layer"}),
+    ("Softmax", "softcap"): ({}, {f"{M}.softmax.softcap": 0.7}),
+    ("Softmax", "kernel"): ({f"{M}.softmax": KERNEL}, {f"{M}.softmax.kernel.features": 9}),
+    ("Kernel", "name"): (REFUSED, {f"{M}.softmax": KERNEL, f"{M}.softmax.kernel.name": "laplace"}),
+    ("Kernel", "features"): ({f"{M}.softmax": KERNEL}, {f"{M}.softmax.kernel.features": 9}),
+    ("Kernel", "redraw"): ({f"{M}.softmax": KERNEL}, {f"{M}.softmax.kernel.redraw": 2}),
+    ("Kernel", "orthogonal"): ({f"{M}.softmax": KERNEL}, {f"{M}.softmax.kernel.orthogonal": False}),
+    **{
+        ("Projection", name): (REFUSED, {f"{M}.projection": {"type": "low_rank", "rank": 4}})
+        for name in ("type", "rank", "shared")
+    },
+    ("Retention", "kind"): ({M: RETENTION}, {M: SSM}),
+    ("Retention", "heads"): ({M: RETENTION}, {f"{M}.heads": 4}),
+    ("Retention", "head_dim"): ({M: RETENTION}, {f"{M}.head_dim": 4}),
+    ("Retention", "chunk"): ({M: RETENTION}, {f"{M}.chunk": 8}),
+    ("Retention", "mode"): ({M: RETENTION}, {f"{M}.mode": "recurrent"}),
+    ("SSM", "kind"): ({M: SSM}, {M: RETENTION}),
+    ("SSM", "d_state"): ({M: SSM}, {f"{M}.d_state": 8}),
+    ("SSM", "expand"): ({M: SSM}, {f"{M}.expand": 1.0}),
+    ("SSM", "heads"): ({M: SSM}, {f"{M}.heads": 4}),
+    ("SSM", "chunk"): ({M: SSM}, {f"{M}.chunk": 8}),
+    ("SSM", "mode"): ({M: SSM}, {f"{M}.mode": "recurrent"}),
+    ("LongConv", "kind"): ({M: {"kind": "LongConv"}}, {M: RETENTION}),
+    ("LongConv", "kernel_len"): ({M: {"kind": "LongConv"}}, {f"{M}.kernel_len": 3}),
+    ("DenseFFN", "kind"): ({}, {"arch.ffn": MOE}),
+    ("DenseFFN", "mult"): ({}, {"arch.ffn.mult": 3}),
+    ("DenseFFN", "act"): ({}, {"arch.ffn.act": "geglu"}),
+    ("MoEFFN", "kind"): ({"arch.ffn": MOE}, {"arch.ffn": {**MOE, "experts": 4}}),
+    ("MoEFFN", "mult"): ({"arch.ffn": MOE}, {"arch.ffn.mult": 2}),
+    ("MoEFFN", "act"): ({"arch.ffn": MOE}, {"arch.ffn.act": "silu"}),
+    ("MoEFFN", "experts"): ({"arch.ffn": MOE}, {"arch.ffn.experts": 4}),
+    ("MoEFFN", "topk"): ({"arch.ffn": MOE}, {"arch.ffn.topk": 1}),
+    ("MoEFFN", "capacity"): ({"arch.ffn": MOE}, {"arch.ffn.capacity": 3}),
+    ("Pos", "kind"): ({}, {"arch.pos.kind": "xpos"}),
+    ("Pos", "rope"): ({}, {"arch.pos.rope.theta": 10}),
+    ("Rope", "theta"): ({}, {"arch.pos.rope.theta": 10}),
+    ("Rope", "dims"): ({}, {"arch.pos.rope.dims": 2}),
+    ("Rope", "scaling"): ({}, {"arch.pos.rope.scaling": {"type": "linear", "factor": 3}}),
+    ("Scaling", "type"): (
+        {"arch.pos.rope.scaling": YARN},
+        {"arch.pos.rope.scaling.type": "linear"},
+    ),
+    ("Scaling", "factor"): ({"arch.pos.rope.scaling": YARN}, {"arch.pos.rope.scaling.factor": 2}),
+    ("Scaling", "longrope"): (
+        {"arch.pos.rope.scaling": LONG},
+        {"arch.pos.rope.scaling.longrope.alpha": 2},
+    ),
+    **{
+        ("LongRope", name): (
+            {"arch.pos.rope.scaling": LONG},
+            {f"arch.pos.rope.scaling.longrope.{name}": 2},
+        )
+        for name in ("alpha", "beta")
+    },
+    ("KVPolicy", "cache"): ({}, {"arch.kv_policy.cache": "none"}),
+    ("KVPolicy", "window"): (
+        {"arch.kv_policy": {"cache": "ring", "window": 4}},
+        {"arch.kv_policy.window": 3},
+    ),
+    ("KVPolicy", "quant"): ({}, {"arch.kv_policy.quant": "nf4"}),
+    ("KVPolicy", "evict"): (REFUSED, {"arch.kv_policy.evict": "lru"}),
+    ("KVPolicy", "latent"): (
+        REFUSED,
+        {"arch.kv_policy": {"cache": "latent", "latent": {"dim": 4}}},
+    ),
+    ("Residual", "kind"): ({}, {"arch.residual.kind": "deepnet"}),
+    ("Residual", "pre_ln"): ({}, {"arch.residual.pre_ln": False}),
+    ("Residual", "post_ln"): ({}, {"arch.residual.post_ln": True}),
+    ("Residual", "scale"): ({}, {"arch.residual.scale": 0.3}),
+    ("Recurrence", "prelude"): (
+        {"arch.recurrence": LOOP},
+        {"arch.recurrence.prelude": 1, "arch.recurrence.body": 1},
+    ),
+    ("Recurrence", "body"): (
+        {"arch.recurrence": LOOP},
+        {"arch.recurrence.coda": 1, "arch.recurrence.body": 1},
+    ),
+    ("Recurrence", "coda"): (
+        {"arch.recurrence": LOOP},
+        {"arch.recurrence.coda": 1, "arch.recurrence.body": 1},
+    ),
+    ("Recurrence", "adapter"): ({"arch.recurrence": LOOP}, {"arch.recurrence.adapter": "residual"}),
+    ("Recurrence", "noise_std"): ({"arch.recurrence": LOOP}, {"arch.recurrence.noise_std": 0.5}),
+    ("Recurrence", "loops"): ({"arch.recurrence": LOOP}, {"arch.recurrence.loops": {"train": 4}}),
+    ("Loops", "train"): ({"arch.recurrence": LOOP}, {"arch.recurrence.loops.train": 4}),
+    ("Loops", "eval"): ({"arch.recurrence": LOOP}, {"arch.recurrence.loops.eval": 1}),
+    ("Loops", "schedule"): (
+        REFUSED,
+        {"arch.recurrence": LOOP, "arch.recurrence.loops.schedule": {"mean": 2}},
+    ),
+}
+# Nodes that stand only below a field that is refused.
+BELOW_REFUSED = {
+    *("Module", "ModuleBudget", "Stage", "StageBudget", "LatentCache", "LatentUpdate"),
+    *("Cond", "CondSource", "CondReg", "CondOp", "Hierarchy", "HierarchyLevel"),
+    *("DepthRouter", "Schedule"),
+}
+
+
+def nodes_of(annotation, found):
+    """Every node class that an annotation reaches."""
+    for part in (annotation, *typing.get_args(annotation)):
+        if isinstance(part, type) and not isinstance(part, types.GenericAlias):
+            if issubclass(part, BaseModel) and part not in found:
+                found.add(part)
+                for field in part.model_fields.values():
+                    nodes_of(field.annotation, found)
+        elif part is not annotation:
+            nodes_of(part, found)
+    return found
+
+
+NODES = {node.__name__: node for node in nodes_of(Spec, set())}
+FIELDS = [
+    (name, field)
+    for name, node in sorted(NODES.items())
+    if name not in BELOW_REFUSED
+    for field in node.model_fields
+]
+
+
+def test_the_list_is_the_schemas():
+    assert set(CASES) == set(FIELDS)
+    assert set(NODES) >= BELOW_REFUSED
+    assert len(NODES) == len(Spec.model_json_schema()["$defs"]) + 1
+
+
+def outputs(spec):
+    """Logits in training and in use at two steps, and the losses beside; nothing is compiled."""
+    network = arch.build(spec, unroll=True)
+    tokens = random_tokens(12)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), tokens)["params"]
+    params = {"params": random_like(shapes)}
+    rngs = {"noise": jax.random.key(0)}
+    with jax.disable_jit():
+        (one, _), losses = network.apply(
+            params, tokens, train=True, rngs=rngs, step=7, mutable=["losses"]
+        )
+        two, _ = network.apply(params, tokens)
+    return [one, two, *(jnp.asarray(x) for x in jax.tree.leaves(losses))]
+
+
+def differ(one, two):
+    """Whether costs, budgets, parameters or outputs differ, the cheaper looked at first."""
+    costs = arch.cost(one), arch.cost(two)
+    if costs[0] != costs[1]:
+        return True
+    if arch.over_budget(one, costs[0]) != arch.over_budget(two, costs[1]):
+        return True
+    found = outputs(one), outputs(two)
+    if len(found[0]) != len(found[1]):
+        return True
+    pairs = zip(*found, strict=True)
+    return any(a.shape != b.shape or np.abs(a - b).max() > 1e-4 for a, b in pairs)
+
+
+@pytest.mark.parametrize(("node", "field"), FIELDS)
+def test_a_field_has_an_effect_or_is_refused(node, field):
+    case = CASES[node, field]
+    if case == TRAIN:
+        return
+    needed, change = case
+    if needed == REFUSED:
+        with pytest.raises(arch.DocumentError, match=r"not supported|is needed|should be"):
+            arch.from_dict(edited(change))
+        return
+    base = edited(needed)
+    one, two = arch.from_dict(base), arch.from_dict(edited(change, base))
+    assert (
+        node == "Budget"
+        or field == "budget"
+        or node in ("StepBudget", "Spec")
+        or (arch.fingerprint(one) != arch.fingerprint(two))
+    )
+    assert differ(one, two)
