@@ -73,8 +73,8 @@ def fit(problem: Problem, sets: dict[str, Asked], steps: int, seed: int) -> Ways
     @jax.jit
     def features(factors, plain: Questions):
         apply = with_hidden(partial(adapted.apply, {"params": factors}))
-        (_, hidden), _ = apply(plain.tokens, plain.mask, images=plain.images, logits_from=-1)
-        return hidden[:, -1]
+        (_, hidden), _ = apply(plain.tokens, plain.mask, images=plain.images)
+        return adapt.pool(hidden, plain.mask)
 
     @jax.jit
     def scores(factors, asking: Questions):

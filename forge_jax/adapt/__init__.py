@@ -10,6 +10,7 @@ from forge_jax.adapt.dispatch import classification_loss as classification_loss
 from forge_jax.adapt.dispatch import fit_classifier as fit_classifier
 from forge_jax.adapt.dispatch import from_text as from_text
 from forge_jax.adapt.dispatch import make_labels as make_labels
+from forge_jax.adapt.dispatch import pool as pool
 from forge_jax.adapt.few_shot import FewShot as FewShot
 from forge_jax.adapt.few_shot import Found as Found
 from forge_jax.adapt.few_shot import OnShots as OnShots

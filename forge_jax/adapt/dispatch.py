@@ -169,15 +169,19 @@ def from_text(
 
 
 class ClassifierDispatch(NamedTuple):
-    """A linear head on the last token's hidden state, of a prefill of the question alone."""
+    """A linear head on the mean hidden state of the question, of a prefill of the question alone.
+
+    The mean, not the last token: what stands last is the wording's, and a head on it knows only
+    wordings that it was fitted on.
+    """
 
     kernel: Float[Array, "hidden labels"]
     bias: Float[Array, " labels"]
     labels: Labels
 
-    def scores(self, hidden: Float[Array, "batch hidden"]) -> Float[Array, "batch labels"]:
+    def scores(self, features: Float[Array, "batch hidden"]) -> Float[Array, "batch labels"]:
         """Unnormalised log probabilities of the labels, nats."""
-        return hidden @ self.kernel + self.bias
+        return features @ self.kernel + self.bias
 
     def __call__(
         self,
@@ -186,20 +190,31 @@ class ClassifierDispatch(NamedTuple):
         mask: Bool[Array, "batch time"],
         **inputs,
     ) -> Choice:
-        """Classify questions; `apply` returns ((logits, hidden), cache)."""
-        (_, hidden), _ = apply(tokens, mask, logits_from=-1, **inputs)
-        return self.labels.choose(self.scores(hidden[:, -1].astype(jnp.float32)))
+        """Classify questions; `apply` returns ((logits, hidden), cache).
+
+        Compiled, the logits cost nothing: no one reads them.
+        """
+        (_, hidden), _ = apply(tokens, mask, **inputs)
+        return self.labels.choose(self.scores(pool(hidden, mask)))
+
+
+def pool(
+    hidden: Float[Array, "batch time hidden"], mask: Bool[Array, "batch time"]
+) -> Float[Array, "batch hidden"]:
+    """Mean of the unmasked hidden states, float32: the features of `ClassifierDispatch`."""
+    total = jnp.sum(hidden.astype(jnp.float32), axis=1, where=mask[..., None])
+    return total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
 
 
 def fit_classifier(
-    hidden: Float[Array, "items hidden"],
+    features: Float[Array, "items hidden"],
     label: Int[Array, " items"],
     labels: Labels,
     *,
     ridge: ArrayLike = 1e-3,
     steps: int = 300,
 ) -> ClassifierDispatch:
-    r"""Multinomial logistic regression of the labels on hidden states.
+    r"""Multinomial logistic regression of the labels on pooled hidden states.
 
     $$ \min_{W, b} \; \mathrm{mean}_i (-\log p(y_i | x_i)) + \tfrac{ridge}{2} \|W\|^2 $$
 
@@ -207,8 +222,8 @@ def fit_classifier(
     with restarts (O'Donoghue and Candes 2015, arXiv 1204.3982); the step is 1 over Boehning's bound
     of the curvature (1992): half the largest eigenvalue of the features' second moments.
     """
-    mean, std = hidden.mean(axis=0), hidden.std(axis=0) + 1e-6
-    x = jnp.concatenate([(hidden - mean) / std, jnp.ones((len(hidden), 1))], axis=1)
+    mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
+    x = jnp.concatenate([(features - mean) / std, jnp.ones((len(features), 1))], axis=1)
     wanted = jax.nn.one_hot(label, len(labels.live))
     penalised = jnp.ones((x.shape[1], 1)).at[-1].set(0.0)
 

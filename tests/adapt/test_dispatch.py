@@ -152,11 +152,17 @@ def test_the_head_is_scikit_learns_logistic_regression():
     assert right.mean() > 0.7
 
 
-def test_the_head_reads_the_last_token(case):
-    """Fitted on the hidden states of the batch, it gives each row its label back."""
+def test_the_head_reads_the_question_and_no_padding(case):
+    """Fitted on the pooled states of the batch, it gives each row its label back."""
     apply = with_hidden(case.base())
     (_, hidden), _ = apply(case.tokens, case.mask)
+    features = adapt.pool(hidden, case.mask)
+    want = [np.asarray(h)[m].mean(axis=0) for h, m in zip(hidden, case.mask, strict=True)]
+    np.testing.assert_allclose(features, want, atol=1e-5)
     label = jnp.arange(8) % 2
-    head = adapt.fit_classifier(hidden[:, -1], label, adapt.make_labels([2, adapt.BASE]))
-    choice = head(apply, case.tokens, case.mask)
-    np.testing.assert_array_equal(choice.expert, np.where(np.arange(8) % 2, adapt.BASE, 2))
+    head = adapt.fit_classifier(features, label, adapt.make_labels([2, adapt.BASE]))
+    wanted = np.where(np.arange(8) % 2, adapt.BASE, 2)
+    np.testing.assert_array_equal(head(apply, case.tokens, case.mask).expert, wanted)
+    wide = np.pad(case.tokens, ((0, 0), (3, 0)), constant_values=7)
+    seen = np.pad(case.mask, ((0, 0), (3, 0)))
+    np.testing.assert_array_equal(head(apply, wide, seen).expert, wanted)
