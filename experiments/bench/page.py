@@ -149,14 +149,10 @@ def section(result: Mapping[str, Any]) -> str:
 
 def render(results: Sequence[Mapping[str, Any]]) -> str:
     """The whole page."""
-    parts = [
-        HEAD,
-        summary(results),
-        absent(results),
-        "## Machine",
-        machine(results),
-        *map(section, results),
-    ]
+    shared = [result["name"] for result in results if crowded(result)]
+    warning = f"Other jobs ran beside {', '.join(shared)}: do not rely on their ratios."
+    top = [HEAD, warning if shared else "", summary(results), absent(results)]
+    parts = [*top, "## Machine", machine(results), *map(section, results)]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
