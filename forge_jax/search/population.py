@@ -230,7 +230,7 @@ def _abstract(arrays) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
 @functools.lru_cache(maxsize=64)
 def _temporary_bytes(adapted, score: Score, form: Form, leaves, treedef) -> int:
     """Temporaries of the program for one candidate, as the compiler counts them."""
-    compiled = _run.lower(
-        adapted, score, form, None, 1, *jax.tree.unflatten(treedef, leaves)
-    ).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
+    arrays = jax.tree.unflatten(treedef, leaves)
+    used = _run.lower(adapted, score, form, None, 1, *arrays).compile().memory_analysis()
+    assert used is not None  # every backend this project runs on has it
+    return int(used.temp_size_in_bytes)
