@@ -120,13 +120,7 @@ def normalized(alpha):
 def candidate_scales(factors, experts, genome: Genome, index: dict[str, int]):
     """The singular values of one genome: mixed, and zero from its rank on."""
     s = svf.scales(factors, svf.mix(experts, by_path(genome["alpha"], index)))
-
-    def cut(values):
-        full = values.shape[-1]
-        kept = search.cost.deployed_rank(full, full, genome["rank"])
-        return jnp.where(jnp.arange(full) < kept, values, 0)
-
-    return {path: cut(values) for path, values in s.items()}
+    return svf.mask_rank(s, genome["rank"])
 
 
 def make_scales(index: dict[str, int]):

@@ -1,6 +1,7 @@
 """Compiled scoring of candidates: is the greedy answer right, how far is it from the base?"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -34,9 +35,8 @@ def make_score(model: Model, chunk: int, mesh: Mesh | None = None):
         weights, batch, base = shared
         row = {k: v[None] for k, v in s.items()}
         logits = answer_logits(model, weights, row, batch)
-        right = (logits.argmax(-1) == batch.answers) | ~batch.answer_mask
         kl = rl.kl_to_reference(logits, base) * batch.answer_mask
-        return right.all(axis=-1), kl.sum() / batch.answer_mask.sum()
+        return is_right(logits, batch), kl.sum() / batch.answer_mask.sum()
 
     @jax.jit
     def score(weights: Weights, s, batch: Batch, base) -> Score:
@@ -44,6 +44,11 @@ def make_score(model: Model, chunk: int, mesh: Mesh | None = None):
         return Score(*parallel.map_candidates(one, s, shared, mesh=mesh, chunk=chunk))
 
     return score
+
+
+def is_right(logits, batch: Batch):
+    """Whether every token of an answer has the largest logit at its place, (N,)."""
+    return ((logits.argmax(-1) == batch.answers) | ~batch.answer_mask).all(axis=-1)
 
 
 def answer_logits(model: Model, weights: Weights, s, batch: Batch):
@@ -154,33 +159,24 @@ def make_params_scorer(model: Model, max_new_tokens: int):
     `params` are ordinary weights or a low-rank tree; nothing of the run that made them is used.
     """
 
-    def apply_of(params):
-        return lambda *args, **kwargs: model.adapted.apply({"params": params}, *args, **kwargs)
+    def apply_of(model: Model, weights: Weights, params):
+        del weights
+        return partial(model.adapted.apply, {"params": params})
 
     @jax.jit
-    def correct(params, projector, batch: Batch):
-        seen = images({"projector": projector}, batch)
-        logits = applied_logits(apply_of(params), model, seen, batch)
-        return ((logits.argmax(-1) == batch.answers) | ~batch.answer_mask).all(axis=-1)
+    def correct(weights: Weights, params, batch: Batch):
+        apply = apply_of(model, weights, params)
+        return is_right(applied_logits(apply, model, images(weights, batch), batch), batch)
 
-    @jax.jit
-    def written(params, projector, batch: Batch):
-        return generate(
-            apply_of(params),
-            model.decoder.spec,
-            batch.tokens,
-            batch.mask,
-            jax.random.key(0),
-            max_new_tokens=max_new_tokens,
-            stop_tokens=model.stops,
-            temperature=0.0,
-            images=images({"projector": projector}, batch),
-        )
+    greedy = make_rollout(
+        model, apply_of, max_new_tokens=max_new_tokens, samples=1, temperature=0.0, top_p=1.0
+    )
 
     def scorer(params, projector, batch: Batch, task: Task, answers: Sequence[str]) -> np.ndarray:
+        weights = {"projector": projector}
         if task.is_exact:
-            return np.asarray(correct(params, projector, batch))
-        out = written(params, projector, batch)
+            return np.asarray(correct(weights, params, batch))
+        out = greedy(weights, params, batch, jax.random.key(0))
         return rewards(model, task, out.tokens, out.mask, answers) > 0
 
     return scorer

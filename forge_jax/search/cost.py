@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import nnls
 
+from forge_jax import svf
+
 Shapes = Iterable[tuple[int, int]]  # (inputs, outputs) of each matrix, repeats included
 
 
@@ -35,13 +37,8 @@ class LatencyModel(NamedTuple):
 
 
 def deployed_rank(rows: int, columns: int, rank_fraction):
-    """Return ceil(rank_fraction * min(rows, columns)), at least 1.
-
-    A fraction is known to 5e-7 at best in float32: 0.3 of 10 is 3, in float32 as in float64.
-    """
-    xp = _namespace(rank_fraction)
-    full = min(rows, columns)
-    return xp.clip(xp.ceil((rank_fraction - 5e-7) * full), 1, full).astype(int)
+    """Return the rank that a matrix keeps, see `svf.kept_rank`."""
+    return svf.kept_rank(min(rows, columns), rank_fraction)
 
 
 def runs_factored(rows: int, columns: int, rank):

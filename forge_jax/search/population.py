@@ -147,7 +147,8 @@ def _run(
 
         def one(candidate, shared):
             (alpha, rank), (factors, experts, batch) = candidate, shared
-            s = _cut(svf.scales(factors, svf.mix(experts, alpha)), rank)
+            s = svf.scales(factors, svf.mix(experts, alpha))
+            s = s if rank is None else svf.mask_rank(s, rank)
             return score(functools.partial(adapted.apply, {"params": factors}, scales=s), batch)
 
         shared = (factors, experts, batch)
@@ -162,17 +163,6 @@ def _run(
     shared = (base, svf.deltas(factors, experts), batch)
     # one after another: a product batched over candidates, each with its own W, is slower on CPUs
     return parallel.map_candidates(mixed, alphas, shared, mesh=mesh)
-
-
-def _cut(s, rank):
-    """Singular values with those from ceil(rank * r) on at zero."""
-    if rank is None:
-        return s
-    kept = {name: jnp.ceil((rank - 5e-7) * v.shape[-1]) for name, v in s.items()}
-    return {
-        name: jnp.where(jnp.arange(v.shape[-1]) < jnp.maximum(kept[name], 1), v, 0)
-        for name, v in s.items()
-    }
 
 
 def _by_path(factors, experts: Experts, alpha: Alphas) -> tuple[dict[str, Array], int]:

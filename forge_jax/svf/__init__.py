@@ -11,6 +11,8 @@ from forge_jax.svf.factors import restore as restore
 from forge_jax.svf.factors import scales as scales
 from forge_jax.svf.layout import Axes as Axes
 from forge_jax.svf.layout import Layout as Layout
+from forge_jax.svf.lowrank import kept_rank as kept_rank
+from forge_jax.svf.lowrank import mask_rank as mask_rank
 from forge_jax.svf.lowrank import truncate as truncate
 from forge_jax.svf.mixing import deltas as deltas
 from forge_jax.svf.mixing import mix as mix

@@ -1,10 +1,12 @@
 """Dropping small singular values, and keeping a matrix factored where that is cheaper."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from forge_jax.svf import factors as _factors
@@ -33,7 +35,7 @@ def truncate(
 
     def cut(name, leaf):
         m, n, full = leaf.u.shape[-2], leaf.vt.shape[-1], leaf.s.shape[-1]
-        rank = kept_rank(full, rank_fraction)
+        rank = int(kept_rank(full, rank_fraction))
         small = dataclasses.replace(
             leaf,
             u=leaf.u[..., :rank],
@@ -48,9 +50,24 @@ def truncate(
     return _factors.map_factors(cut, factors)
 
 
-def kept_rank(rank: int, rank_fraction: float) -> int:
-    """Return ceil(rank_fraction * rank), at least 1.
+def kept_rank(rank: int, rank_fraction):
+    """Return ceil(rank_fraction * rank), at least 1: of a number, or of an array of fractions.
 
     A fraction is known to 5e-7 at best in float32: 0.3 of 10 is 3, in float32 as in float64.
     """
-    return max(1, math.ceil((rank_fraction - 5e-7) * rank))
+    xp: Any = jnp if isinstance(rank_fraction, jax.Array) else np
+    return xp.clip(xp.ceil((rank_fraction - 5e-7) * rank), 1, rank).astype(int)
+
+
+def mask_rank(
+    s: Mapping[str, Float[Array, "*batch r"]], rank_fraction
+) -> dict[str, Float[Array, "*batch r"]]:
+    """Set the singular values that `truncate` would drop to zero; the shapes stay.
+
+    One program then serves every fraction, a traced number included. The `rest` of a randomized
+    decomposition is not touched.
+    """
+    return {
+        name: jnp.where(jnp.arange(v.shape[-1]) < kept_rank(v.shape[-1], rank_fraction), v, 0)
+        for name, v in s.items()
+    }
