@@ -113,115 +113,144 @@ class Round(NamedTuple):
     returns: Any  # likewise
 
 
+class Setup(NamedTuple):
+    """What is fixed when an update is made."""
+
+    model: Model
+    form: Form
+    settings: Settings
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether values are learned: PPO's baseline; GRPO's is the group."""
+        return self.settings.algorithm == "ppo"
+
+
+def run_round(setup: Setup, weights: Weights, delta: Delta, part: Round):
+    """Logits and hidden states, rows (K x prompts x samples), of every response token."""
+    batch = Batch(*(x.reshape(-1, *x.shape[2:]) for x in part.batch))
+    tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (part.tokens, part.mask))
+    apply = with_hidden(setup.form.policy(setup.model, weights, delta))
+    rows = (batch.tokens, batch.mask, tokens, mask)
+    return response_logits(apply, setup.model.decoder.spec, *rows, images=images(weights, batch))
+
+
+def base_logits(setup: Setup, weights: Weights, delta: Delta, part: Round):
+    """The base's logits of the same tokens, as data."""
+    start = jax.tree.map(jnp.zeros_like, delta)
+    return jax.lax.stop_gradient(run_round(setup, weights, start, part)[0])
+
+
+def log_probability(setup: Setup, logits, part: Round):
+    """Of every response token at the rollout's temperature; a nucleus (`top_p`) is not in it."""
+    tokens = part.tokens.reshape(-1, part.tokens.shape[-1])
+    logp = rl.log_probability(logits / setup.settings.temperature, tokens)
+    return logp.reshape(part.tokens.shape)
+
+
+def values_of(heads: Critic, hidden, part: Round):
+    """(K, prompts, samples, time); the hidden states are data.
+
+    What the value loss would ask of z is not what the reward asks.
+    """
+    hidden = jax.lax.stop_gradient(hidden).reshape(*part.tokens.shape, -1)
+    return jnp.einsum("k...h,kh->k...", hidden, heads.kernel) + heads.bias[:, None, None, None]
+
+
+def begin_round(
+    setup: Setup, weights: Weights, state: State, batch: Batch, responses: Generated, reward
+):
+    """The round, and the KL per token, (K,), before its first update."""
+    experts, prompts, _ = reward.shape
+    grouped = Batch(*(x.reshape(experts, prompts, *x.shape[1:]) for x in batch))
+    tokens, mask = (x.reshape(*reward.shape, -1) for x in responses)
+    nothing = jnp.zeros(mask.shape)
+    part = Round(grouped, tokens, mask, nothing, nothing, nothing, nothing)
+    logits, hidden = run_round(setup, weights, state.delta, part)
+    base = base_logits(setup, weights, state.delta, part)
+    kl = per_expert(rl.kl_to_reference(logits, base), responses.mask, experts)
+    part = part._replace(logp=log_probability(setup, logits, part))
+    if setup.has_critic:
+        value = values_of(state.critic[0], hidden, part)
+        paid = token_rewards(setup, state, part, reward, log_probability(setup, base, part))
+        return with_advantages(setup, part._replace(value=value), paid), kl
+    advantage = jnp.where(mask, rl.group_advantage(reward)[..., None], 0.0)
+    return part._replace(advantage=advantage), kl
+
+
+def token_rewards(setup: Setup, state: State, part: Round, reward, logp_base):
+    """Every token's reward, the KL in it where the settings say so."""
+    experts = len(reward)
+    own = state.kl_coefficient if setup.settings.kl_as == "reward" else jnp.zeros(experts)
+    each = jnp.broadcast_to(own[:, None, None], reward.shape)
+    pay = over_rows(lambda r, p, q, m, c: rl.kl_reward(r, p, q, m, coefficient=c))
+    return pay(reward, part.logp, logp_base, part.mask, each)
+
+
+def with_advantages(setup: Setup, part: Round, paid) -> Round:
+    """The round with returns, and advantages whitened for each expert."""
+    rates = {"discount": setup.settings.discount, "lambda_": setup.settings.gae_lambda}
+    found = over_rows(lambda *row: rl.gae(*row, **rates))(paid, part.value, part.mask)
+    advantage = jax.vmap(rl.whiten)(tokens_of(found.advantage_t), tokens_of(part.mask))
+    return part._replace(advantage=advantage.reshape(part.mask.shape), returns=found.return_t)
+
+
+def clipped_losses(setup: Setup, weights: Weights, delta: Delta, heads, part: Round, coefficient):
+    """Loss and metrics of every expert, (K,) each."""
+    settings = setup.settings
+    logits, hidden = run_round(setup, weights, delta, part)
+    like = part.tokens.shape
+    terms: dict[str, Any] = {}
+    if settings.kl_as == "loss":
+        kl = rl.kl_to_reference(logits, base_logits(setup, weights, delta, part))
+        terms["kl"] = tokens_of(kl.reshape(like))
+    if settings.entropy_coefficient:
+        terms["entropy"] = tokens_of(rl.entropy(logits).reshape(like))
+    if setup.has_critic:
+        value = values_of(heads, hidden, part)
+        terms["values"] = rl.Values(*map(tokens_of, (value, part.value, part.returns)))
+
+    def one(logp, logp_old, advantage, mask, coefficient, terms):
+        return rl.ppo_loss(
+            logp,
+            logp_old,
+            advantage,
+            mask if setup.has_critic else rl.equal_responses(mask),
+            clip=settings.clip,
+            value_clip=settings.value_clip,
+            value_coefficient=settings.value_coefficient,
+            entropy_coefficient=settings.entropy_coefficient,
+            kl_coefficient=coefficient,
+            **terms,
+        )
+
+    data = (log_probability(setup, logits, part), part.logp, part.advantage, part.mask)
+    logp, logp_old, advantage, mask = map(tokens_of, data)
+    return jax.vmap(one)(logp, logp_old, advantage, mask, coefficient, terms)
+
+
 def make_clipped(
     model: Model, form: Form, tx: optax.GradientTransformation, settings: Settings
 ) -> Update:
-    """PPO with GAE and value heads, or GRPO: minibatch epochs of `rl.ppo_loss`, one program.
-
-    The value loss stops at the hidden state: what it would ask of z is not what the reward asks.
-    Log probabilities are at the rollout's temperature; a nucleus (`top_p`) is not in them.
-    """
-    has_critic = settings.algorithm == "ppo"
-    critic_tx = settings.critic_optimizer()
-
-    def run(weights, delta, part: Round):
-        """Logits and hidden states, rows (K x prompts x samples), of every response token."""
-        batch = Batch(*(x.reshape(-1, *x.shape[2:]) for x in part.batch))
-        rows = (part.tokens, part.mask)
-        tokens, mask = (x.reshape(-1, x.shape[-1]) for x in rows)
-        apply = with_hidden(form.policy(model, weights, delta))
-        prompts = (batch.tokens, batch.mask)
-        seen = images(weights, batch)
-        return response_logits(apply, model.decoder.spec, *prompts, tokens, mask, images=seen)
-
-    def log_probability(logits, part: Round):
-        tokens = part.tokens.reshape(-1, part.tokens.shape[-1])
-        return rl.log_probability(logits / settings.temperature, tokens).reshape(part.tokens.shape)
-
-    def base_logits(weights, delta, part: Round):
-        return jax.lax.stop_gradient(run(weights, jax.tree.map(jnp.zeros_like, delta), part)[0])
-
-    def values(heads: Critic, hidden, like):
-        """(K, prompts, samples, time); the hidden states are data."""
-        hidden = jax.lax.stop_gradient(hidden).reshape(*like.shape, -1)
-        return jnp.einsum("k...h,kh->k...", hidden, heads.kernel) + heads.bias[:, None, None, None]
-
-    def begin(weights, state: State, batch: Batch, responses: Generated, reward):
-        """The round, and the KL per token, (K,), before its first update."""
-        experts, prompts, _ = reward.shape
-        grouped = Batch(*(x.reshape(experts, prompts, *x.shape[1:]) for x in batch))
-        tokens, mask = (x.reshape(*reward.shape, -1) for x in responses)
-        nothing = jnp.zeros(mask.shape)
-        part = Round(grouped, tokens, mask, nothing, nothing, nothing, nothing)
-        logits, hidden = run(weights, state.delta, part)
-        base = base_logits(weights, state.delta, part)
-        logp = log_probability(logits, part)
-        kl = per_expert(rl.kl_to_reference(logits, base), responses.mask, experts)
-        if not has_critic:
-            advantage = jnp.where(mask, rl.group_advantage(reward)[..., None], 0.0)
-            return part._replace(logp=logp, advantage=advantage), kl
-        value = values(state.critic[0], hidden, mask)
-        own = state.kl_coefficient if settings.kl_as == "reward" else jnp.zeros(experts)
-        each = jnp.broadcast_to(own[:, None, None], reward.shape)
-        paid = over_rows(lambda r, p, q, m, c: rl.kl_reward(r, p, q, m, coefficient=c))(
-            reward, logp, log_probability(base, part), mask, each
-        )
-        rates = {"discount": settings.discount, "lambda_": settings.gae_lambda}
-        found = over_rows(lambda *row: rl.gae(*row, **rates))(paid, value, mask)
-        advantage = jax.vmap(rl.whiten)(*(tokens_of(x) for x in (found.advantage_t, mask)))
-        advantage = advantage.reshape(mask.shape)
-        return part._replace(
-            logp=logp, advantage=advantage, value=value, returns=found.return_t
-        ), kl
-
-    def losses(weights, delta, heads, part: Round, coefficient):
-        """Loss and metrics of every expert, (K,) each."""
-        logits, hidden = run(weights, delta, part)
-        like = part.tokens.shape
-        terms: dict[str, Any] = {}
-        if settings.kl_as == "loss":
-            kl = rl.kl_to_reference(logits, base_logits(weights, delta, part))
-            terms["kl"] = tokens_of(kl.reshape(like))
-        if settings.entropy_coefficient:
-            terms["entropy"] = tokens_of(rl.entropy(logits).reshape(like))
-        if has_critic:
-            value = values(heads, hidden, part.tokens)
-            terms["values"] = rl.Values(*map(tokens_of, (value, part.value, part.returns)))
-        data = (log_probability(logits, part), part.logp, part.advantage, part.mask)
-
-        def one(logp, logp_old, advantage, mask, coefficient, terms):
-            return rl.ppo_loss(
-                logp,
-                logp_old,
-                advantage,
-                mask if has_critic else rl.equal_responses(mask),
-                clip=settings.clip,
-                value_clip=settings.value_clip,
-                value_coefficient=settings.value_coefficient,
-                entropy_coefficient=settings.entropy_coefficient,
-                kl_coefficient=coefficient,
-                **terms,
-            )
-
-        logp, logp_old, advantage, mask = map(tokens_of, data)
-        return jax.vmap(one)(logp, logp_old, advantage, mask, coefficient, terms)
+    """PPO with GAE and value heads, or GRPO: minibatch epochs of `rl.ppo_loss`, one program."""
+    setup, critic_tx = Setup(model, form, settings), settings.critic_optimizer()
 
     @jax.jit
     def update(weights: Weights, state: State, batch: Batch, responses: Generated, reward, key):
-        whole, kl = begin(weights, state, batch, responses, reward)
+        whole, kl = begin_round(setup, weights, state, batch, responses, reward)
 
         def total(trained, part):
             delta, heads = trained
-            loss, metrics = losses(weights, delta, heads, part, state.kl_coefficient)
+            loss, metrics = clipped_losses(setup, weights, delta, heads, part, state.kl_coefficient)
             return loss.sum(), {"loss": loss, **metrics}
 
         def one(carry, rows):
             delta, opt_state, critic = carry
-            heads = critic[0] if has_critic else ()
+            heads = critic[0] if setup.has_critic else ()
             part = jax.tree.map(lambda x: x[:, rows], whole)
             grads, metrics = jax.grad(total, has_aux=True)((delta, heads), part)
             updates, opt_state = jax.vmap(tx.update)(grads[0], opt_state, delta)
-            if has_critic:
+            if setup.has_critic:
                 change, critic_state = critic_tx.update(grads[1], critic[1])
                 critic = optax.apply_updates(heads, change), critic_state
             return (optax.apply_updates(delta, updates), opt_state, critic), metrics
