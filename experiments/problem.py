@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from experiments import model as models
 from experiments.data.rewards import Reward, reward_of
 from experiments.data.splits import Split
-from experiments.data.tasks import Task, load_tasks
-from experiments.scoring import Score, make_params_scorer, make_scorer
+from experiments.data.tasks import Task, first, load_tasks
+from experiments.scoring import Mixtures, Score, make_params_scorer, make_scorer
 from forge_jax import parallel
 
 
@@ -87,9 +87,21 @@ def answers(task: Task, split: Split) -> list[str]:
     return [item.answer for item in task.items[split]]
 
 
-def score_all(problem: Problem, s, tasks: Sequence[Task], split: Split) -> list[Score]:
-    """The score of P candidates (singular values (P, r)) on every task."""
+def score_all(
+    problem: Problem,
+    mixtures: Mixtures,
+    tasks: Sequence[Task],
+    split: Split,
+    count: int | None = None,
+) -> list[Score]:
+    """The score of P candidates on the first `count` items, or all, of every task's split."""
     return [
-        problem.scorer(problem.weights, s, task.batches[split], task, answers(task, split))
+        problem.scorer(
+            problem.weights,
+            mixtures,
+            first(task.batches[split], count),
+            task,
+            answers(task, split)[:count],
+        )
         for task in tasks
     ]

@@ -33,7 +33,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+from zlib import crc32
 
+import jax
 from jaxtyping import PyTree
 
 from experiments import checkpoints
@@ -44,6 +46,7 @@ __all__ = [
     "Run",
     "clean_errors",
     "finish",
+    "key",
     "log",
     "once",
     "opened",
@@ -320,6 +323,11 @@ def repair(final: Path) -> None:
     if old.exists() and not final.exists():
         old.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def key(seed: int, purpose: str) -> jax.Array:
+    """Return the random key of one purpose in a run: no two purposes share a draw."""
+    return jax.random.fold_in(jax.random.key(seed), crc32(purpose.encode()))
 
 
 def seconds(run: Run) -> float:

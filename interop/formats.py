@@ -243,7 +243,7 @@ def to_torch(array: np.ndarray) -> Any:
     return torch.from_numpy(array)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force `path`, a file or a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -261,9 +261,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     staged = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         write(staged)
-        _sync(staged)
+        sync(staged)
         staged.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
@@ -330,11 +330,11 @@ def staged_directory(directory: Path) -> Iterator[Path]:
     try:
         yield staged
         for path in [*staged.rglob("*"), staged]:
-            _sync(path)
+            sync(path)
         if directory.exists():
             raise ValueError(f"{directory} already exists and is not overwritten.")
         staged.rename(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         if staged.exists():
             shutil.rmtree(staged)

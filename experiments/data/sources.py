@@ -138,7 +138,12 @@ def hub(domain: str, directory: str | None, image_token: str | None) -> Iterator
         "reasoning": reasoning.from_arc,
         "vision": partial(vision.from_textvqa, image_token=image_token),
     }[domain]
-    for row in datasets.load_dataset(path, configuration, split="train[:1000]"):
+    try:
+        rows = datasets.load_dataset(path, configuration, split="train[:1000]")
+    except datasets.exceptions.DatasetsError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"The set of {domain} at {path} cannot be read: {reason}") from error
+    for row in rows:
         try:
             item = to_item(row)
         except KeyError as error:
