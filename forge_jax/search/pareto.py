@@ -34,8 +34,8 @@ def non_dominated_rank(fitness: Float[Array, "population objectives"]) -> Int[Ar
     order = jnp.lexsort(tuple(values.T[::-1]))
     values = values[order]
     is_new = jnp.any(values[1:] != values[:-1], axis=1)
-    # One row of each set of equal ones is ranked. Of two such rows the earlier has the smaller first
-    # objective, or dominates by a later one: it is enough to compare the others by <=.
+    # One row of each set of equal ones is ranked. Of two different rows the earlier is no larger in
+    # the first objective, so it dominates where it is no larger in any other.
     ranked = jnp.concatenate([jnp.ones(1, bool), is_new]) & finite[order, 0]
     size = min(_BLOCK, rows)
     padding = (0, -rows % size)
