@@ -79,9 +79,13 @@ class Args:
     muon_rate: float = 0.02
     """peak rate of the layers' matrices"""
     hidden: int = 128
+    """width of the model"""
     layers: int = 4
+    """blocks of the model"""
     vocabulary: int = 768
+    """tokens at most; this corpus yields 540"""
     seed: int = 0
+    """of items, draws and the first weights"""
     log_every: int = 50
     """steps from one row and checkpoint to the next"""
     evaluate_every: int = 550
@@ -377,4 +381,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, prog="python -m experiments.nano", description=__doc__))

@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 
 from experiments import artifacts, ceilings, experts, measure, mixture, model, results
 from experiments import run as runs
+from experiments.data.sources import HUB, TASKS
 from experiments.data.splits import Split
 from experiments.forms import SVF
-from experiments.problem import Problem, set_up
+from experiments.problem import CACHE, Problem, set_up
 from experiments.reopen import check
 from experiments.report import write_report
 from forge_jax import parallel, svf
@@ -54,6 +55,8 @@ class Args:
     package.module:function; an answer counts as right where it is above 0"""
     select: Literal["attention", "mlp", "both"] = "both"
     """matrices that get a z"""
+    cache: Path = CACHE
+    """directory in which decompositions are kept"""
     max_full: int = 4096
     """singular values above which a matrix gets a randomized decomposition of so many"""
     stop_token: bool = True
@@ -155,6 +158,13 @@ def check_settings(args: Args) -> None:
         "free_tokens": 1,
     }
     wrong = [f"`{n}` must be at least {k}" for n, k in needs.items() if getattr(args, n) < k]
+    known = HUB if args.source == "hub" else TASKS
+    for option, names, there in (
+        ("domains", args.domains, known),
+        ("unplanted", args.unplanted, TASKS),
+    ):
+        if unknown := [n for n in names if n not in there]:
+            wrong.append(f"`{option}` must be among {', '.join(there)}, got {', '.join(unknown)}")
     if wrong:
         raise ValueError(", ".join(wrong) + ".")
 
@@ -175,6 +185,7 @@ def load(args: Args) -> Problem:
     problem = set_up(
         args.checkpoint or (model.NANO if args.base == "nano" else model.smollm2()),
         select=args.select,
+        cache=args.cache,
         max_full=args.max_full,
         domains=args.domains,
         unplanted=args.unplanted,
@@ -315,6 +326,9 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     main(
         tyro.extras.overridable_config_cli(
-            PRESETS, config=(tyro.conf.OmitArgPrefixes,), prog="python -m experiments.phase7"
+            PRESETS,
+            config=(tyro.conf.OmitArgPrefixes,),
+            prog="python -m experiments.phase7",
+            description=f"{__doc__}\nAll options: python -m experiments.phase7 nano --help",
         )
     )

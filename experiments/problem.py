@@ -13,6 +13,9 @@ from experiments.data.tasks import Task, first, load_tasks
 from experiments.scoring import Mixtures, Score, make_params_scorer, make_scorer
 from forge_jax import parallel
 
+CACHE = Path(".cache/svd")
+"""where decompositions are kept, unless told otherwise"""
+
 
 class Problem(NamedTuple):
     """A checkpoint and the tasks it is to be adapted to."""
@@ -39,6 +42,7 @@ def set_up(
     counts: dict[Split, int],
     free_tokens: int,
     chunk: int,
+    cache: Path | None = CACHE,
     max_full: int | None = None,
     mesh: Mesh | None = None,
     reward: str = "task",
@@ -46,7 +50,8 @@ def set_up(
     """Load the checkpoint and the tasks.
 
     An answer that must be exact is as long as the longest; one that is read out of free text may
-    take `free_tokens`. `reward` is a name for `data.rewards.reward_of`; tasks apart keep their own.
+    take `free_tokens`. `cache` is where decompositions are kept. `reward` is a name for
+    `data.rewards.reward_of`; tasks apart keep their own.
 
     Raises:
       ValueError, OSError: a file cannot be read, or a task has too few items.
@@ -54,7 +59,7 @@ def set_up(
     if not domains or len(set(domains)) < len(domains):
         raise ValueError(f"`--domains` must name one or more domains, each once, got {domains}.")
     rewarded = reward_of(reward)
-    made, weights = models.load(path, select, Path(".cache/svd"), max_full)
+    made, weights = models.load(path, select, cache, max_full)
     weights = {
         "factors": parallel.shard_params(mesh, weights["factors"]),
         "projector": parallel.shard(mesh, weights["projector"], parallel.REPLICATED),

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from experiments import mixture
 from experiments.problem import Problem, score_all
-from forge_jax import svf
+from forge_jax import search, svf
 
 Correct = dict[str, dict[str, np.ndarray]]
 """row of the table -> task -> (N,) bool, one entry a test item"""
@@ -38,7 +38,8 @@ def choose(
 
     Candidates are the search's last population, the reference mixtures and the base. The KL limit
     is kept where any candidate but the base keeps it; one whose KL is not finite is never chosen.
-    The rank falls from 1 to `lowest_rank` until it costs more than `twin_loss` of accuracy.
+    The rank falls from 1 to `lowest_rank` until it costs more than `twin_loss` of accuracy; one
+    at which no matrix becomes smaller is no twin.
 
     Raises:
       ValueError: no candidate has a finite KL.
@@ -59,7 +60,15 @@ def choose(
     ranks = np.linspace(1, lowest_rank, len(alphas)).astype(np.float32)
     cut, _ = scored(np.broadcast_to(alphas[best], alphas.shape), ranks)
     twin = last_kept(cut, cut[0] - twin_loss)
-    return Chosen(alphas[best], float(ranks[twin]))
+    rank = float(ranks[twin])
+    shapes = [leaf.u.shape[:1] + leaf.vt.shape[1:] for leaf in leaves(problem)]
+    saves = search.cost.memory(shapes, rank, 0.0) < search.cost.memory(shapes, 1.0, 0.0)
+    return Chosen(alphas[best], rank if saves else 1.0)
+
+
+def leaves(problem: Problem) -> list[svf.Factors]:
+    """The decomposed matrices."""
+    return [leaf for _, leaf in svf.named_factors(problem.weights["factors"])]
 
 
 def best_of(accuracy: np.ndarray, kl: np.ndarray, limit: float) -> int:

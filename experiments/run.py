@@ -66,7 +66,7 @@ __all__ = [
 CONFIG, METRICS, LOCK = "config.json", "metrics.jsonl", ".lock"
 # Settings that say where to compute and how to show a run, not what it computes: they may change on
 # resume. Another mesh adds numbers up in another order: equal to five digits, not to the bit.
-FREE = ("out", "resume", "replace", "wandb", "wandb_mode", "tensorboard", "mesh")
+FREE = ("out", "cache", "resume", "replace", "wandb", "wandb_mode", "tensorboard", "mesh")
 
 
 @dataclasses.dataclass
@@ -126,10 +126,9 @@ def opened(
 def refuse_existing(out: Path) -> None:
     """Raise FileExistsError if `out` holds anything: before long work that would end so."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise FileExistsError(
-            f"{out} already exists: choose another directory, go on with --resume, or take its "
-            "place with --replace."
-        )
+        is_run = (out / CONFIG).is_file()
+        more = ", go on with --resume, or take its place with --replace" if is_run else ""
+        raise FileExistsError(f"{out} already exists: choose another directory{more}.")
 
 
 def create(path: Path, final: Path, settings: dict[str, Any], replace: bool) -> None:

@@ -294,8 +294,16 @@ def write_safetensors(
             save_file(plain, str(staged), metadata=tags)
         except SafetensorError as error:  # its name for an error of the operating system
             raise OSError(str(error)) from error
+        staged.chmod(0o666 & ~_umask())  # safetensors lets the owner alone read
 
     write_atomic(path, save)
+
+
+def _umask() -> int:
+    """What the user's new files leave out; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_torch(path: Path, value: Any) -> None:

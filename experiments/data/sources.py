@@ -31,6 +31,9 @@ GYM = {
 }
 """reasoning-gym's name and settings; bits is the task without planted frequencies"""
 
+TASKS = ("sums", "largest", "code", "vision", *GYM)
+"""those of `procedural`"""
+
 HUB = {
     "math": ("openai/gsm8k", "main"),
     "code": ("google-research-datasets/mbpp", None),
@@ -114,8 +117,7 @@ def procedural(domain: str, seed: int, image_token: str | None) -> Iterator[Item
     if domain == "vision":
         return digits(image_token)
     if domain not in GYM:
-        known = ", ".join(("sums", "largest", "code", "vision", *GYM))
-        raise ValueError(f"There is no task {domain!r}; there are {known}.")
+        raise ValueError(f"There is no task {domain!r}; there are {', '.join(TASKS)}.")
     return gym(domain, seed)
 
 

@@ -230,6 +230,12 @@ def test_seeds_must_differ(checkpoint, tmp_path, capsys):
     assert "differ" in refused(args_for(tmp_path, checkpoint=checkpoint, seeds="1,1"), capsys)
 
 
+def test_unknown_domains_are_refused_before_anything_is_loaded(tmp_path, capsys):
+    said = refused(args_for(tmp_path, checkpoint=tmp_path / "none.json", domains=("art",)), capsys)
+    assert "art" in said
+    assert "math" in said
+
+
 def test_a_domain_comes_once(checkpoint, tmp_path, capsys):
     args = args_for(tmp_path, checkpoint=checkpoint, domains=("math", "math"))
     assert "once" in refused(args, capsys)

@@ -98,7 +98,9 @@ def test_what_is_chosen_is_the_best_at_full_rank_and_then_the_least_rank():
         return Score(right[:, None], kl)
 
     task = Task("t", {"validation": []}, {"validation": Batch(*[np.zeros(1)] * 5)}, exact)
-    problem: Any = SimpleNamespace(scorer=scorer, weights=None, tasks=[task])
+    wide = {"a": np.ones((4, 400), np.float32)}
+    weights = {"factors": svf.decompose(wide, lambda path, leaf: True)[0]}
+    problem: Any = SimpleNamespace(scorer=scorer, weights=weights, tasks=[task])
     alpha = np.array([[[0.2, 0.2]], [[1.0, 0.5]], [[1.1, 0.5]], [[1.9, 0.5]]], np.float32)
     genomes = {"alpha": alpha, "rank": np.array([1.0, 0.2, 1.0, 1.0])}
     found = Found(genomes, np.zeros((4, 4)), np.zeros(4), np.zeros(4), [])
@@ -108,6 +110,10 @@ def test_what_is_chosen_is_the_best_at_full_rank_and_then_the_least_rank():
     # of the ranks tried, one for each of 4 + 5 candidates, the last that costs at most 0.01
     ranks = np.linspace(1, 0.1, 9)
     assert chosen.twin_rank == pytest.approx(ranks[ranks >= 0.58].min())
+    # a square matrix of half the rank is no smaller: no twin
+    square = {"a": np.ones((4, 4), np.float32)}
+    weights["factors"] = svf.decompose(square, lambda path, leaf: True)[0]
+    assert results.choose(found, problem, {}, {"a": 0}, **limits).twin_rank == 1
 
 
 @pytest.mark.parametrize(
