@@ -15,7 +15,9 @@ lineage.png and the checkpoints. `--resume` continues a killed one to the same r
 """
 
 import dataclasses
+import functools
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +26,7 @@ import jax
 import tyro
 
 from experiments import run as runs
-from experiments.evolution import lineage, plan, programs, report, search, shown, tasks
+from experiments.evolution import candidates, lineage, plan, programs, report, search, shown, tasks
 from experiments.evolution.candidates import Setup, adapted, held_out
 from experiments.evolution.settings import Evolve, Sweep, Train, check, settings_of
 from experiments.files import read_json, write_json
@@ -227,17 +229,25 @@ def train(args: Train | Sweep) -> int:
     with runs.opened(args.out, config, **views) as run:
         with shown.live(lambda: title(setup, cache)) as show:
             given = {"seed": args.seed, "show": show, "deadline": args.time_budget}
-            events, late = search.search(run, setup, cache, [*specs.values()], settings, **given)
+            evaluate = evaluation(run, cache, setup)
+            events, late = search.search(run, evaluate, [*specs.values()], settings, **given)
             if args.deep_steps:
                 again = fresh(args, setup)
-                search.deepen(run, again, cache, events, args.deep_top_k, args.deep_steps, show)
+                given = {"count": args.deep_top_k, "steps": args.deep_steps, "seeds": again.seeds}
+                search.deepen(run, evaluation(run, cache, again), events, **given, show=show)
         rest: dict[str, Any] = {"out_of_time": late, "cache": cache.counts()}
-        rest |= {"seconds": runs.seconds(run), "peak_rss_gb": runs.peak_rss_gb()}
+        rest |= {"seconds": runs.seconds(run), "cpu_seconds": time.process_time()}
+        rest["peak_rss_gb"] = runs.peak_rss_gb()
         write_report(run.path, rest)
         write_lineage(run.path)
         done = runs.finish(run)
     print(f"report: {done / 'search_report.json'}")
     return 0
+
+
+def evaluation(run: runs.Run, cache: programs.Cache, setup: Setup) -> search.Evaluate:
+    """How a run evaluates."""
+    return functools.partial(candidates.evaluate, setup, cache, search.store_of(run))
 
 
 def title(setup: Setup, cache: programs.Cache) -> str:
@@ -258,7 +268,7 @@ def written_again(args: Report | Lineage) -> int:
         return 0
     file = args.run / "search_report.json"
     old = read_json(file) if file.is_file() else {}
-    names = ("out_of_time", "cache", "seconds", "peak_rss_gb")
+    names = ("out_of_time", "cache", "seconds", "cpu_seconds", "peak_rss_gb")
     write_report(args.run, {name: old.get(name) for name in names})
     return 0
 

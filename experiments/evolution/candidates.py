@@ -87,7 +87,7 @@ def admitted(spec: arch.Spec, setup: Setup) -> arch.Cost:
     if over:
         raise ValueError("Over budget: " + " ".join(over))
     rates = training.rates_of(spec, setup.lr)
-    start = functools.partial(training.start, arch.build(spec))
+    start = functools.partial(training.start, training.network_of(spec))
     jax.eval_shape(start, jax.random.key(0), rates)
     return spent
 

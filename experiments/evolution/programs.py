@@ -91,7 +91,7 @@ def programs_of(
 
 def compiled(spec: arch.Spec, chunk: Batches, held_out: Batches) -> Programs:
     """Compile the programs of a document, all at once: the compiler runs outside Python's lock."""
-    network, knobs = arch.build(spec), arch.knobs(spec)
+    network, knobs = training.network_of(spec), arch.knobs(spec)
     rates, key = training.rates_of(spec), jax.random.key(0)
 
     def bound(f, donate: Sequence[int] = (), options: dict[str, Any] | None = None):

@@ -13,12 +13,13 @@ from typing import Any
 
 from experiments import checkpoints
 from experiments import run as runs
-from experiments.evolution import candidates, programs
-from experiments.evolution.candidates import Setup, Store
+from experiments.evolution.candidates import Store
 from forge_jax import arch, evolve
 from forge_jax.evolve.loop import FAILURES
 
 Show = Callable[[list[evolve.Event]], None]
+Evaluate = Callable[[arch.Spec, str, int, int], evolve.Result]
+"""`evaluate(spec, name, done, steps)` trains on from what is kept under the name."""
 
 
 def store_of(run: runs.Run) -> Store:
@@ -61,8 +62,7 @@ def snapshot(path: Path, event: evolve.Event, population: int) -> None:
 
 def search(
     run: runs.Run,
-    setup: Setup,
-    cache: programs.Cache,
+    evaluate: Evaluate,
     seeds: Sequence[arch.Spec],
     settings: evolve.Settings,
     *,
@@ -78,8 +78,11 @@ def search(
     for event in events:
         snapshot(run.path, event, population)
     show(events)
-    evaluate = functools.partial(_evaluate, setup, cache, store_of(run))
-    coming = evolve.run(seeds, evaluate, settings, seed=seed, events=of_search(events))
+
+    def of_trial(spec: arch.Spec, trial: int, done: int, steps: int) -> evolve.Result:
+        return evaluate(spec, f"trial{trial}", done, steps)
+
+    coming = evolve.run(seeds, of_trial, settings, seed=seed, events=of_search(events))
     for event in until(run, coming, deadline):
         snapshot(run.path, event, population)
         events.append(runs.log(run, event))
@@ -98,18 +101,6 @@ def until(
         yield event
 
 
-def _evaluate(
-    setup: Setup,
-    cache: programs.Cache,
-    store: Store,
-    spec: arch.Spec,
-    trial: int,
-    done: int,
-    steps: int,
-) -> evolve.Result:
-    return candidates.evaluate(setup, cache, store, spec, f"trial{trial}", done, steps)
-
-
 def finalists(events: Sequence[evolve.Event], count: int) -> list[evolve.Trial]:
     """The baseline (the first seed), then the `count` best of the others trained longest."""
     trials = evolve.trials_of(of_search(events))
@@ -120,15 +111,15 @@ def finalists(events: Sequence[evolve.Event], count: int) -> list[evolve.Trial]:
 
 def deepen(
     run: runs.Run,
-    setup: Setup,
-    cache: programs.Cache,
+    evaluate: Evaluate,
     events: list[evolve.Event],
+    *,
     count: int,
     steps: int,
+    seeds: Sequence[int],
     show: Show,
 ) -> list[evolve.Event]:
-    """Train the baseline and the best from scratch with the fresh seeds of `setup`."""
-    store = store_of(run)
+    """Train the baseline and the `count` best from scratch, `evaluate` with these fresh seeds."""
     for rank, trial in enumerate(finalists(events, count)):
         # a longer search may have ranked it otherwise when it was trained
         if any(e["event"] == "deep" and e["trial"] == trial.id for e in events):
@@ -136,7 +127,7 @@ def deepen(
         result, error, began = None, None, time.perf_counter()
         try:
             spec = arch.from_dict(trial.document)
-            result = candidates.evaluate(setup, cache, store, spec, f"deep{trial.id}", 0, steps)
+            result = evaluate(spec, f"deep{trial.id}", 0, steps)
         except FAILURES:
             error = traceback.format_exc()
         row = {
@@ -144,7 +135,7 @@ def deepen(
             "trial": trial.id,
             "rank": rank,
             "steps": steps,
-            "seeds": list(setup.seeds),
+            "seeds": list(seeds),
             "score": None if result is None else result.score,
             "metrics": {} if result is None else result.metrics,
             "error": error,

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import flax.errors
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,7 +24,10 @@ from forge_jax.evolve.tree import tree_of
 from forge_jax.search import non_dominated_rank
 
 # What a candidate may fail with; anything else is a mistake of this program.
-FAILURES = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+FAILURES = (
+    *(ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError),
+    flax.errors.FlaxError,
+)
 
 
 class Result(NamedTuple):
@@ -62,8 +66,8 @@ class Settings(NamedTuple):
     """share of the children whose parent is the most novel of the tournament"""
     immigrants: float = 0.0
     """share of the children that come of a seed"""
-    macro: float = 0.5
-    """share of the mutations by several operators"""
+    macro: float | None = None
+    """share of the mutations by several operators; None: any number is as likely"""
     mutations: int = 2
     """at most so many operators per child"""
     pareto: bool = False
@@ -182,6 +186,8 @@ def arrived(
 
 def operators(settings: Settings, rng: random.Random) -> int:
     """How many operators make a child: one, or up to `mutations`."""
+    if settings.macro is None:
+        return rng.randint(1, settings.mutations)
     several = settings.mutations > 1 and rng.random() < settings.macro
     return rng.randint(2, settings.mutations) if several else 1
 
