@@ -228,13 +228,14 @@ def train(args: Train | Sweep) -> int:
     config = config_of(args, specs, setup, settings)
     with runs.opened(args.out, config, **views) as run:
         with shown.live(lambda: title(setup, cache)) as show:
-            given = {"seed": args.seed, "show": show, "deadline": args.time_budget}
-            evaluate = evaluation(run, cache, setup)
-            events, late = search.search(run, evaluate, [*specs.values()], settings, **given)
-            if args.deep_steps:
+            given: dict[str, Any] = {"show": show, "deadline": args.time_budget}
+            evaluate, seeds = evaluation(run, cache, setup), list(specs.values())
+            events, late = search.search(run, evaluate, seeds, settings, seed=args.seed, **given)
+            if args.deep_steps and not late:
                 again = fresh(args, setup)
-                given = {"count": args.deep_top_k, "steps": args.deep_steps, "seeds": again.seeds}
-                search.deepen(run, evaluation(run, cache, again), events, **given, show=show)
+                given |= {"count": args.deep_top_k, "steps": args.deep_steps}
+                evaluate = evaluation(run, cache, again)
+                _, late = search.deepen(run, evaluate, events, seeds=again.seeds, **given)
         rest: dict[str, Any] = {"out_of_time": late, "cache": cache.counts()}
         rest |= {"seconds": runs.seconds(run), "cpu_seconds": time.process_time()}
         rest["peak_rss_gb"] = runs.peak_rss_gb()

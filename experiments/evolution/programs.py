@@ -53,8 +53,13 @@ class Cache:
 
 
 def use_directory(path: Path | None) -> None:
-    """Keep compiled programs of any size in `path`, unless the environment names a directory."""
-    if jax.config.jax_compilation_cache_dir is None and path is not None:
+    """Keep compiled programs of any size in `path`, unless the environment names a directory.
+
+    None leaves JAX's settings as they are.
+    """
+    if path is None:
+        return
+    if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(path.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

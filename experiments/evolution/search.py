@@ -7,7 +7,7 @@ checkpoint, which knows how long the log was when it was written (`experiments.r
 import functools
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +83,16 @@ def search(
         return evaluate(spec, f"trial{trial}", done, steps)
 
     coming = evolve.run(seeds, of_trial, settings, seed=seed, events=of_search(events))
-    for event in until(run, coming, deadline):
+    while not (late := past(run, deadline)) and (event := next(coming, None)) is not None:
         snapshot(run.path, event, population)
         events.append(runs.log(run, event))
         show(events)
-    return events, deadline is not None and runs.seconds(run) > deadline
+    return events, late
 
 
-def until(
-    run: runs.Run, coming: Iterator[evolve.Event], deadline: float | None
-) -> Iterator[evolve.Event]:
-    """The events that begin before the deadline, in seconds of the run."""
-    while deadline is None or runs.seconds(run) <= deadline:
-        event = next(coming, None)
-        if event is None:
-            return
-        yield event
+def past(run: runs.Run, deadline: float | None) -> bool:
+    """Whether the run has taken longer than so many seconds."""
+    return deadline is not None and runs.seconds(run) > deadline
 
 
 def finalists(events: Sequence[evolve.Event], count: int) -> list[evolve.Trial]:
@@ -106,7 +100,7 @@ def finalists(events: Sequence[evolve.Event], count: int) -> list[evolve.Trial]:
     trials = evolve.trials_of(of_search(events))
     others = [t for t in trials.values() if t.id and t.score < float("inf")]
     others.sort(key=lambda t: (-t.rung, t.score, t.id))
-    return [trials[0], *others[:count]]
+    return [trials[0], *others[:count]] if trials else []
 
 
 def deepen(
@@ -118,12 +112,18 @@ def deepen(
     steps: int,
     seeds: Sequence[int],
     show: Show,
-) -> list[evolve.Event]:
-    """Train the baseline and the `count` best from scratch, `evaluate` with these fresh seeds."""
+    deadline: float | None = None,
+) -> tuple[list[evolve.Event], bool]:
+    """Train the baseline and the `count` best from scratch, `evaluate` with these fresh seeds.
+
+    Returns all events of the run, and whether the time ran out.
+    """
     for rank, trial in enumerate(finalists(events, count)):
         # a longer search may have ranked it otherwise when it was trained
         if any(e["event"] == "deep" and e["trial"] == trial.id for e in events):
             continue
+        if past(run, deadline):
+            return events, True
         result, error, began = None, None, time.perf_counter()
         try:
             spec = arch.from_dict(trial.document)
@@ -143,4 +143,4 @@ def deepen(
         }
         events.append(runs.log(run, row))
         show(events)
-    return events
+    return events, False

@@ -50,7 +50,7 @@ class Common:
     device: str | None = None
     """cpu, cuda, ...; JAX's choice unless given"""
     cache: Path | None = Path(".cache/jax")
-    """directory of compiled programs, unless the environment names one"""
+    """directory of compiled programs, unless the environment names one; None: JAX's settings"""
     resume: bool = False
     """go on with a killed run in `out`; with --replace if it was started so"""
     replace: bool = False
@@ -187,6 +187,8 @@ def check(args: Train | Sweep) -> None:
         wrong += [f"`{n}` must lie in [0, 1]" for n, v in shares.items() if not 0 <= v <= 1]
         if not 0 <= args.immigrants <= args.population:
             wrong.append("`immigrants` must lie between 0 and `population`")
+    if max(args.repeats, args.deep_seeds) > 500:
+        wrong.append("`repeats` and `deep_seeds` must be at most 500")
     if args.seed < 0 or args.deep_steps < 0:
         wrong.append("`seed` and `deep_steps` must not be negative")
     if args.lr is not None and not args.lr > 0:

@@ -13,6 +13,7 @@ pytest.importorskip("pymoo")
 
 from experiments.bench import all as every  # noqa: E402
 from experiments.bench import (  # noqa: E402
+    candidates,
     decoders,
     decompose,
     four_experts,
@@ -32,6 +33,7 @@ RATES = {"product": 1e9, "copy": 1e9}
 EASY, HARD = 1e-9, 1e9  # floors that are met, and missed, on any machine
 SCORED = population.Shape(16, 1, 3, experts=2, tokens=5, vocab=23)
 STEP = rl_step.Shape(16, 1, rows=2, time=5, vocab=23)
+TINY = candidates.Shape(2, 9, 2, {"d_model": 24, "n_layers": 1})
 MAKERS = {
     "scored": lambda: population.make(SCORED, {race.PUBLIC: EASY, race.TORCH: HARD}, "float32"),
     "generated": lambda: population.make(
@@ -41,6 +43,8 @@ MAKERS = {
     ),
     "rl_step": lambda: rl_step.make(STEP, {race.PUBLIC: EASY}, "float32"),
     "experts": lambda: four_experts.make(rl_step.Shape(16, 1, 2, 5, 23, experts=2), "float32"),
+    "train_gpt": lambda: candidates.make(TINY, EASY, retained=False),
+    "train_retention": lambda: candidates.make(TINY, HARD, retained=True),
     "rows": lambda: rows.make(rows.Shape(12, 20, 4, 2), {race.PUBLIC: EASY}, "bfloat16"),
     "llama": lambda: generation.make(
         generation.Shape("llama", 16, 1, 23, 2, 4, 3), {generation.PEER: EASY}, "float32"

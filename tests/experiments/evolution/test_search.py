@@ -60,7 +60,7 @@ def searched(out, *, resume=False, deadline=None, **killed):
             run, evaluate, [SEED], SETTINGS, seed=3, show=seen.append, deadline=deadline
         )
         deep = {"count": 2, "steps": 20, "seeds": [7, 8]}
-        events = search.deepen(run, evaluate, events, **deep, show=seen.append)
+        events, _ = search.deepen(run, evaluate, events, **deep, show=seen.append)
         built = report.built(events, SETTINGS, CONFIG, {"out_of_time": late})
         runs.write_json(out / "search_report.json", built)
         lineage.write(out, events, SETTINGS, "x", "TD")
