@@ -181,19 +181,18 @@ def make(shape: Shape, floor: float, retained: bool) -> race.Race:
     state = start(jax.random.key(0), rates)
     mixer = retention if retained else attention
     run, program = ours(state, spec, chunk, rates)
-    first, theirs = run(), trainer(state.params, spec, chunk, rates, mixer)
-    peer = LOOP if retained else EAGER
-    began = theirs()
+    first, peer = run(), LOOP if retained else EAGER
+    peers = functools.partial(trainer, state.params, spec, chunk, rates, mixer)
     return race.Race(
         "train_retention" if retained else "train_gpt",
         f"training steps of nanogpt_tiny{', retention in place of attention' * retained}",
         {**shape._asdict(), "parameters": arch.cost(spec).params},
         {
             race.OURS: race.Contender(run, program.compile_s, answer=lambda: first),
-            peer: race.Contender(theirs, answer=lambda: began),
+            peer: race.Contender(peers(), answer=lambda: peers()()),
         },
         lambda a, b: abs(a - b) / abs(b),
-        1e-3,
+        1e-4,
         floors={peer: floor},
         work=race.Work(3 * arch.cost(spec).flops * shape.rows * shape.steps, 0.0),
         units=shape.rows * shape.length * shape.steps,

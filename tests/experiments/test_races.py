@@ -170,6 +170,17 @@ def test_other_tokens_end_the_race(name, monkeypatch):
         race.check(made(name))
 
 
+@pytest.mark.parametrize("name", ["train_gpt", "train_retention"])
+def test_another_training_ends_the_race(name, monkeypatch):
+    """Positions that turn the other way; a gate that is left out."""
+    measured(name)
+    turned = candidates.turned
+    monkeypatch.setattr(candidates, "turned", lambda x, theta: turned(x.flip(2), theta).flip(2))
+    monkeypatch.setattr(candidates.F, "silu", torch.ones_like)
+    with pytest.raises(ValueError, match="computed something else than forge_jax"):
+        race.check(made(name))
+
+
 def test_other_ranks_or_values_end_the_race(monkeypatch):
     peers = nsga2.their_ranks
     monkeypatch.setattr(nsga2, "their_ranks", lambda points: peers(points) + (points[:, 0] > 1))
