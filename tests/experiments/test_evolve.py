@@ -117,7 +117,7 @@ def again(out, sweep, capsys):
     assert (out / "lineage.mmd").read_text().startswith("graph LR\n")
     refused = [
         (sweep, "already exists"),
-        (dataclasses.replace(sweep, resume=True, seed=1), "other settings: data_is|other settings"),
+        (dataclasses.replace(sweep, resume=True, seed=1), r"other settings: seed \(was 0, now 1\)"),
         (dataclasses.replace(sweep, files=()), "There is no document"),
         (dataclasses.replace(sweep, lr=-1.0, repeats=0), "`repeats` must be at least 1, `lr` must"),
         (evolve.Report(out.parent), "is no run directory"),
