@@ -70,7 +70,8 @@ def split(x: torch.Tensor, heads: int) -> torch.Tensor:
 def turned(x: torch.Tensor, theta: float) -> torch.Tensor:
     """Rotary positions on all features of a head, halves paired."""
     half = x.shape[-1] // 2
-    angles = torch.outer(torch.arange(x.shape[2]), theta ** (-torch.arange(half) / half))
+    at, pair = (torch.arange(n, dtype=torch.float32) for n in (x.shape[2], half))
+    angles = torch.outer(at, theta ** (-pair / half))
     cos, sin = angles.cos(), angles.sin()
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
