@@ -130,6 +130,7 @@ def hub(domain: str, directory: str | None, image_token: str | None) -> Iterator
       ValueError: `directory` is none, or a row lacks a field.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
     if domain not in HUB:
         raise ValueError(f"No hub dataset for {domain!r}; there are {', '.join(HUB)}.")
@@ -142,7 +143,7 @@ def hub(domain: str, directory: str | None, image_token: str | None) -> Iterator
     }[domain]
     try:
         rows = datasets.load_dataset(path, configuration, split="train[:1000]")
-    except datasets.exceptions.DatasetsError as error:
+    except DatasetsError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"The set of {domain} at {path} cannot be read: {reason}") from error
     for row in rows:

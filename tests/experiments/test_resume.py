@@ -38,7 +38,9 @@ def command(checkpoint, out, *more):
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "jax"
 MLP = ("gate", "up", "down")
-ENVIRONMENT = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
+# Each process compiles what the first has compiled already: small programs are kept too.
+KEPT = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+ENVIRONMENT = {**os.environ, **KEPT}
 TWO_SEEDS = ("--seeds=0,1", "--replace")
 
 
