@@ -32,7 +32,7 @@ from experiments.cognate.training import (
 )
 from experiments.data.curriculum import stage_of
 from experiments.data.cursor import Cursor
-from experiments.data.tokenizer import save_tokenizer
+from experiments.data.tokenizer import load_tokenizer, save_tokenizer
 from interop.cognate import save_cognate
 
 
@@ -120,8 +120,8 @@ def train(run: runs.Run, args: Args, problem: Problem) -> Stand:
     settings, controls = args.training, problem.controls
     tx = make_tx(settings, args.shape)
     update = make_update(problem.model, tx, settings, args.seed)
-    scores = validation.make_scorer(problem.model)
-    state = init_state(problem.model, tx, problem.keys())
+    scores = validation.make_scorer(problem.model, settings.compiler_options)
+    state = init_state(problem.model, tx, problem.keys(), settings)
     stand = Stand(state, problem.start(), np.zeros(len(args.names), np.int64), 0.0)
     start, stand = runs.restore_latest(run, stand) or (0, stand)
     tokens = settings.batch * settings.accumulate * args.length * len(args.names)
@@ -156,11 +156,12 @@ def train(run: runs.Run, args: Args, problem: Problem) -> Stand:
 
 def compare(run: runs.Run, args: Args, problem: Problem, best: Any) -> dict[str, dict[str, float]]:
     """The finished models side by side, all on the same validation rows."""
-    scores = validation.make_scorer(problem.model)
+    options = args.training.compiler_options
+    scores = validation.make_scorer(problem.model, options)
     found = scores(best, problem.held.rows, problem.controls, args.held_batch)
     scored = validation.summarize(found, problem.held)
     few = validation.some_rows(problem.held, args.halting_rows)
-    halting = validation.make_halting(problem.model, few)
+    halting = validation.make_halting(problem.model, few, options)
     models = {}
     for k, (model, own) in enumerate(zip(problem.specializations, scored, strict=True)):
         stops = runs.once(
@@ -218,6 +219,27 @@ def write(run: runs.Run, args: Args, problem: Problem, stand: Stand) -> dict[str
     return summary
 
 
+def keep_tokenizer(run: runs.Run, problem: Problem) -> None:
+    """Write the tokenizer into the run.
+
+    Raises:
+        ValueError: a resumed run began with another one, and so with other texts.
+    """
+    path = run.path / "tokenizer.json"
+    if path.is_file() and load_tokenizer(path).to_str() != problem.tokenizer.to_str():
+        raise ValueError(
+            f"The run was started with other texts: they give another tokenizer than {path}."
+        )
+    save_tokenizer(problem.tokenizer, path)
+
+
+def settings_of(args: Args) -> dict[str, Any]:
+    """The settings of a run, those of the model and of the training one by one."""
+    settings = runs.plain(args)
+    training, shape = settings.pop("training"), settings.pop("shape")
+    return {**settings, **training, **{f"shape.{name}": value for name, value in shape.items()}}
+
+
 @runs.clean_errors()
 def main(args: Args) -> None:
     """Train, compare and export."""
@@ -225,18 +247,16 @@ def main(args: Args) -> None:
     if not (args.resume or args.replace):
         runs.refuse_existing(args.out)
     problem = load_problem(args)
-    settings = runs.plain(args)
-    shape = settings.pop("shape")
     with runs.opened(
         args.out,
-        {**settings, **{f"shape.{name}": value for name, value in shape.items()}},
+        settings_of(args),
         resume=args.resume,
         replace=args.replace,
         wandb=args.wandb,
         wandb_mode=args.wandb_mode,
         tensorboard=args.tensorboard,
     ) as run:
-        save_tokenizer(problem.tokenizer, run.path / "tokenizer.json")
+        keep_tokenizer(run, problem)
         stand = train(run, args, problem)
         summary = write(run, args, problem, stand)
         done = runs.finish(run)

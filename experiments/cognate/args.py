@@ -107,7 +107,14 @@ SMOKE = Args(
     epochs=4,
     halting_rows=4,
     log_every=10,
-    training=Settings(steps=60, batch=8, accumulate=2, fallback_lr=1e-2, average_decay=0.9),
+    training=Settings(
+        steps=60,
+        batch=4,
+        accumulate=2,
+        fallback_lr=1e-2,
+        average_decay=0.9,
+        quick_compile=True,
+    ),
     shape=CognateConfig(
         vocab_size=512,
         d_model=48,

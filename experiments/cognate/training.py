@@ -61,6 +61,13 @@ class Settings:
     """of activations and products; the weights that are trained stay float32"""
     across: Literal["vmap", "map"] = "vmap"
     """several models in one product, or one after the other in one program"""
+    quick_compile: bool = False
+    """compile in half the time, to programs that run slower: for tiny models"""
+
+    @property
+    def compiler_options(self) -> dict[str, int] | None:
+        """What every program of the run is compiled with."""
+        return {"xla_backend_optimization_level": 0} if self.quick_compile else None
 
     def problems(self) -> list[str]:
         """What is out of its range, each as a part of a sentence."""
@@ -121,14 +128,17 @@ def make_tx(settings: Settings, config: CognateConfig) -> optax.GradientTransfor
     )
 
 
-def init_state(model: Cognate, tx: optax.GradientTransformation, keys: Array) -> State:
+def init_state(
+    model: Cognate, tx: optax.GradientTransformation, keys: Array, settings: Settings
+) -> State:
     """Models at their start, one for each key."""
 
     def one(key):
         params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
         return params, tx.init(params)
 
-    params, opt_state = jax.jit(jax.vmap(one))(keys)
+    made = jax.jit(jax.vmap(one), compiler_options=settings.compiler_options)
+    params, opt_state = made(keys)
     count = len(keys)
     # copies: the update may reuse the memory of what it is given
     average, best = (jax.tree.map(jnp.copy, params) for _ in range(2))
@@ -211,7 +221,8 @@ def make_update(
             return jax.lax.map(lambda inputs: one(*inputs), (trained, batch, controls))
         return jax.vmap(one)(trained, batch, controls)
 
-    compiled = jax.jit(every, donate_argnums=0)
+    options = settings.compiler_options
+    compiled = jax.jit(every, donate_argnums=0, compiler_options=options)
 
     def update(state: State, batch: Batch, controls: Controls):
         trained, metrics = compiled(tuple(state[:4]), batch, controls)

@@ -64,11 +64,10 @@ def read_texts(
             continue
         directory = None if data == "hub" else data
         if has_validation(name, directory):
-            own = {
-                s: list(examples(name, directory=directory, split=s, limit=n))
-                for s, n in limits.items()
+            found[name] = {
+                split: list(examples(name, directory=directory, split=split, limit=count))
+                for split, count in limits.items()
             }
-            found[name] = own
         else:
             found[name] = divide(examples(name, directory=directory), limits)
     held = {n: split["validation"] for n, split in found.items() if split["validation"]}

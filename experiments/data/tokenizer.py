@@ -40,7 +40,9 @@ def train_bpe(texts: Iterable[str], vocabulary: int, specials: Sequence[str]) ->
     return tokenizer
 
 
-def load_tokenizer(path: Path, specials: Sequence[str], vocabulary: int) -> Tokenizer:
+def load_tokenizer(
+    path: Path, specials: Sequence[str] = (), vocabulary: int | None = None
+) -> Tokenizer:
     """The tokenizer in the file `path`.
 
     Raises:
@@ -52,7 +54,7 @@ def load_tokenizer(path: Path, specials: Sequence[str], vocabulary: int) -> Toke
     known = tokenizer.get_vocab()
     if missing := [token for token in specials if token not in known]:
         raise ValueError(f"The tokenizer {path} lacks the special tokens {', '.join(missing)}.")
-    if max(known.values()) >= vocabulary:
+    if vocabulary is not None and max(known.values()) >= vocabulary:
         raise ValueError(
             f"The tokenizer {path} has token ids up to {max(known.values())}, but the model has "
             f"{vocabulary} tokens."
