@@ -134,14 +134,16 @@ def train(run: runs.Run, args: Args, problem: Problem) -> Stand:
             began = time.monotonic()
             batch, cursor = next_batch(problem, stand.cursor, step - 1, **shape)
             state, measured = update(stand.state, batch, controls)
-            trainable = np.maximum(stand.trainable, measured["trainable_params"])
             spent = stand.epoch_seconds + time.monotonic() - began
-            stand, shown = Stand(state, cursor, trainable, spent), {}
+            stand, shown = Stand(state, cursor, stand.trainable, spent), {}
             is_end = ends_epoch(step, args)
             if step % args.log_every == 0 or is_end:
                 speed = tokens * (step - counted) / (time.monotonic() - since)
-                row = training_rows(args, problem, step, jax.device_get(measured), speed)
+                measured = jax.device_get(measured)
+                row = training_rows(args, problem, step, measured, speed)
                 runs.log(run, {"step": step, "seed": args.seed, **row})
+                trainable = np.maximum(stand.trainable, measured["trainable_params"])
+                stand = stand._replace(trainable=trainable)
                 shown = {"loss": float(np.mean(measured["loss_ce"]))}
                 since, counted = time.monotonic(), step
             if is_end:

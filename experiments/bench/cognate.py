@@ -104,9 +104,14 @@ def config_of(args: Args, task: Task, arm: str) -> CognateConfig:
 
 
 def reach(config: CognateConfig) -> int:
-    """Tokens back that attention can carry anything from: each layer, then each step's two."""
-    attentions = config.layers + config.steps * (config.micro_steps + 1)
-    return attentions * (config.window - 1)
+    """Tokens back from which anything comes without a memory that reaches further.
+
+    Every layer sees `window` - 1 tokens back, the gate one. A refinement does so twice at once, in
+    the features and in the answers that the step began with, and makes a state that only its own
+    token sees until the next step.
+    """
+    attentions = config.layers + config.steps
+    return attentions * (config.window - 1) + 1
 
 
 def rows_of(puzzle: Puzzle) -> Rows:

@@ -1,12 +1,15 @@
 """The puzzles' answers are right, and the bench measures what it says."""
 
 import json
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from experiments.bench import cognate as bench
 from experiments.data.puzzles import FILLER, QUERY, SYMBOLS, copy, modular, needle, recall
+from forge_jax.models.cognate import Cognate
 
 
 def drawn(task, rows=50):
@@ -51,12 +54,25 @@ def test_copies_and_sums():
         np.testing.assert_array_equal(labels[labels >= 0], [SYMBOLS + total])
 
 
-def test_the_reach_is_that_of_the_window_arm():
-    """No label moves the answer of a token beyond it: counted as the docstring says."""
-    args = bench.Args()
-    config = bench.config_of(args, bench.tasks_of(args)["recall"], "window")
-    assert bench.reach(config) == 3 * 7 < 2 * 16
-    assert config.memory_decay == 0
+def test_nothing_in_the_window_arm_comes_from_beyond_its_reach():
+    """The first token is changed: answers within the reach move, those beyond do not."""
+    args = bench.Args(width=8, window=4)
+    task = bench.tasks_of(args)["recall"]
+    config = bench.config_of(args, task, "window")
+    model, tokens = Cognate(config), np.zeros((1, 20), np.int32)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.tree.map(lambda p: 9 * p if p.ndim > 1 else p, params)
+
+    def answers(tokens) -> Any:
+        return model.apply({"params": params}, tokens).answers[-1, 0]
+
+    compiled = jax.jit(answers, compiler_options={"xla_backend_optimization_level": 0})
+    changed = tokens.copy()
+    changed[0, 0] = 5
+    moved = np.flatnonzero(np.abs(compiled(tokens) - compiled(changed)).max(axis=1))
+    assert moved.max() == bench.reach(config)
+    full = bench.config_of(bench.Args(), task, "window")
+    assert bench.reach(full) < 32
 
 
 @pytest.mark.slow
