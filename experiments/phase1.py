@@ -126,32 +126,36 @@ def train(run: runs.Run, args: Args, problem: Problem) -> Stand:
     start, stand = runs.restore_latest(run, stand) or (0, stand)
     tokens = settings.batch * settings.accumulate * args.length * len(args.names)
     shape = {"parts": settings.accumulate, "rows": settings.batch, "length": args.length}
-    since, counted = time.monotonic(), start
+    last = since = time.monotonic()
+    counted = start
     with runs.progress(settings.steps, "phase 1", initial=start) as advance:
         for step in range(start + 1, settings.steps + 1):
             if int(stand.state.stale.min()) >= args.patience:
                 break
-            began = time.monotonic()
             batch, cursor = next_batch(problem, stand.cursor, step - 1, **shape)
             state, measured = update(stand.state, batch, controls)
-            spent = stand.epoch_seconds + time.monotonic() - began
-            stand, shown = Stand(state, cursor, stand.trainable, spent), {}
-            is_end = ends_epoch(step, args)
-            if step % args.log_every == 0 or is_end:
-                speed = tokens * (step - counted) / (time.monotonic() - since)
-                measured = jax.device_get(measured)
+            is_end, shown = ends_epoch(step, args), {}
+            is_logged = is_end or step % args.log_every == 0
+            if is_logged:
+                measured = jax.device_get(measured)  # waits for the update
+            now = time.monotonic()
+            stand = Stand(state, cursor, stand.trainable, stand.epoch_seconds + now - last)
+            last = now
+            if is_logged:
+                speed = tokens * (step - counted) / (now - since)
                 row = training_rows(args, problem, step, measured, speed)
                 runs.log(run, {"step": step, "seed": args.seed, **row})
                 trainable = np.maximum(stand.trainable, measured["trainable_params"])
                 stand = stand._replace(trainable=trainable)
                 shown = {"loss": float(np.mean(measured["loss_ce"]))}
-                since, counted = time.monotonic(), step
+                since, counted = now, step
             if is_end:
                 state = validate(run, args, problem, scores, step, stand)
                 stand = stand._replace(state=state, epoch_seconds=0.0)
             if is_end or step % args.save_every == 0:
                 runs.save(run, step, stand)
-                since, counted = time.monotonic(), step
+                last = time.monotonic()
+                since += last - now
             advance(1, **shown)
     return stand
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+import tyro
 import yaml
 from safetensors.numpy import load_file
 
@@ -24,6 +26,7 @@ from experiments.cognate.args import Args, defaults
 from experiments.cognate.problem import next_batch
 from experiments.cognate.training import (
     Settings,
+    State,
     gradient,
     init_state,
     keep_best,
@@ -31,9 +34,9 @@ from experiments.cognate.training import (
     make_update,
     schedule,
 )
-from experiments.cognate.validation import Held, Scores, summarize
+from experiments.cognate.validation import Held, Scores, make_scorer, summarize
 from experiments.data.packing import Rows
-from forge_jax.models.cognate import SPECIALIZATIONS, CognateConfig
+from forge_jax.models.cognate import SPECIALIZATIONS, Cognate, CognateConfig
 from interop.cognate import cognate_names, load_cognate
 
 SHAPE = CognateConfig(
@@ -67,9 +70,48 @@ def make_args(out, **changes):
     return Args(**{**SMALL, "out": out, **changes})
 
 
+@functools.cache
+def cached_update(config, settings, seed):
+    return make_update(Cognate(config), make_tx(settings, config), settings, seed)
+
+
+@functools.cache
+def cached_scorer(config):
+    return make_scorer(Cognate(config), SETTINGS.compiler_options)
+
+
+@functools.cache
+def cached_init(config, settings, keys):
+    made = jax.random.wrap_key_data(jnp.array(keys, jnp.uint32))
+    return init_state(Cognate(config), make_tx(settings, config), made, settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Runs share their programs, which take longer to trace and compile than to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            phase1,
+            "make_update",
+            lambda model, tx, settings, seed: cached_update(model.config, settings, seed),
+        )
+        patch.setattr(phase1, "init_state", initial)
+        patch.setattr(
+            phase1.validation, "make_scorer", lambda model, options: cached_scorer(model.config)
+        )
+        yield
+
+
+def initial(model, tx, keys, settings):
+    """A copy: an update takes its arguments over."""
+    del tx
+    data = tuple(map(tuple, np.asarray(jax.random.key_data(keys)).tolist()))
+    return jax.tree.map(jnp.copy, cached_init(model.config, settings, data))
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """A run of all three models, and what it printed nothing of."""
+    """A run of all three models."""
     out = tmp_path_factory.mktemp("phase1") / "run"
     phase1.main(make_args(out, specialization="all"))
     return out
@@ -79,8 +121,7 @@ def last_checkpoint(out):
     """The leaves of the last checkpoint, by name."""
     args = make_args(out, specialization="all")
     problem = phase1.load_problem(args)
-    tx = make_tx(args.training, args.shape)
-    state = init_state(problem.model, tx, problem.keys(), args.training)
+    state = initial(problem.model, None, problem.keys(), args.training)
     template = phase1.Stand(state, problem.start(), np.zeros(3, np.int64), 0.0)
     with runs.opened(out, phase1.settings_of(args), resume=True) as run:
         step, stand = runs.restore_latest(run, template)
@@ -195,9 +236,8 @@ def test_three_at_once_are_three_alone(unbroken, tmp_path):
     for k, name in enumerate(SPECIALIZATIONS):
         args = make_args(tmp_path / name, specialization=name)
         problem = phase1.load_problem(args)
-        tx = make_tx(args.training, args.shape)
-        update = make_update(problem.model, tx, args.training, args.seed)
-        state = init_state(problem.model, tx, problem.keys(), args.training)
+        update = cached_update(args.shape, args.training, args.seed)
+        state = initial(problem.model, None, problem.keys(), args.training)
         cursor = problem.start()
         for step in range(6):
             batch, cursor = next_batch(problem, cursor, step, parts=2, rows=2, length=48)
@@ -208,15 +248,21 @@ def test_three_at_once_are_three_alone(unbroken, tmp_path):
         assert max(jax.tree.leaves(moved)) < 1e-5
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole():
-    """Also when their numbers of labels differ: means are over tokens, not over parts."""
+def drawn_batch():
+    """A problem, one model's batch of two parts, and parameters."""
     args = make_args("unused")
     problem = phase1.load_problem(args)
     batch, _ = next_batch(problem, problem.start(), 0, parts=2, rows=2, length=48)
-    tokens, labels, segments = (jnp.asarray(x[0]) for x in batch)
+    state = initial(problem.model, None, problem.keys(), args.training)
+    params = jax.tree.map(lambda x: x[0], state.params)
+    return problem, tuple(jnp.asarray(x[0]) for x in batch), params
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole():
+    """Also when their numbers of labels differ: means are over tokens, not over parts."""
+    problem, (tokens, labels, segments), params = drawn_batch()
     labels = labels.at[1, :, 5:].set(-100)
     assert (labels[0] >= 0).sum() > 2 * (labels[1] >= 0).sum() > 0
-    params = problem.model.init(problem.keys()[0], tokens[0])["params"]
     controls = jax.tree.map(lambda x: x[0], problem.controls)
     take = jax.jit(
         lambda batch: gradient(problem.model, SETTINGS, params, batch, controls, None),
@@ -229,13 +275,22 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), parts[0], whole[0])
     for name, value in whole[1].items():
         np.testing.assert_allclose(parts[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
-    half = dataclasses.replace(SETTINGS, compute="bfloat16")
-    rough, _ = jax.jit(
-        lambda batch: gradient(problem.model, half, params, batch, controls, None),
-        compiler_options=SETTINGS.compiler_options,
-    )((tokens, labels, segments))
+
+
+@pytest.mark.slow
+def test_short_numbers_train_long_weights():
+    problem, batch, params = drawn_batch()
+    controls = jax.tree.map(lambda x: x[0], problem.controls)
+
+    def take(settings):
+        return jax.jit(
+            lambda batch: gradient(problem.model, settings, params, batch, controls, None)[0],
+            compiler_options=SETTINGS.compiler_options,
+        )(batch)
+
+    exact, rough = take(SETTINGS), take(dataclasses.replace(SETTINGS, compute="bfloat16"))
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(rough))
-    error = optax.tree.norm(optax.tree.sub(rough, parts[0])) / optax.tree.norm(parts[0])
+    error = optax.tree.norm(optax.tree.sub(rough, exact)) / optax.tree.norm(exact)
     assert 1e-4 < error < 0.1
 
 
@@ -257,8 +312,6 @@ def test_only_a_clear_improvement_is_kept_and_patience_ends():
     args = make_args("unused", specialization="all")
     leaf = {"w": jnp.arange(3.0)}
     zeros = jnp.zeros(3, jnp.int32)
-    from experiments.cognate.training import State
-
     state = State(
         leaf,
         {"w": jnp.array([7.0, 8.0, 9.0])},
@@ -358,4 +411,19 @@ def test_a_full_disk_is_one_sentence(unbroken, capsys, monkeypatch):
 def test_the_command_line_picks_its_defaults():
     assert defaults(["--smoke"]).shape.d_model < defaults(["--small"]).shape.d_model
     assert defaults([]).shape == CognateConfig()
-    assert defaults(["--smoke", "--small"]).data == "offline"
+    given = tyro.cli(Args, args=["--model", "speed", "--steps", "7", "--shape.layers", "2"])
+    assert (given.names, given.training.steps, given.shape.layers) == (["speed"], 7, 2)
+    assert tyro.cli(Args, args=["--specialization", "all"]).names == list(SPECIALIZATIONS)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_a_sentence(unbroken):
+    args = make_args(unbroken)
+    problem = phase1.load_problem(args)
+    plain = ("gradient_norm", "memory_tokens", "surprise_rate", "loss_step_1")
+    acts = ("avg_halting_steps", "max_halting_steps", "min_halting_steps", "halting_variance")
+    parts = ("loss_ce", "loss_act", "loss_gate", "halt_prob_mean", "halt_prob_std")
+    measured = {name: np.ones(1) for name in (*plain, *acts, *parts)}
+    assert phase1.training_rows(args, problem, 3, measured, 1.0)["train/loss"] == 3
+    measured["loss_act"] = np.full(1, np.nan)
+    with pytest.raises(ValueError, match="reasoning model is not finite at step 3: lower"):
+        phase1.training_rows(args, problem, 3, measured, 1.0)
