@@ -83,8 +83,9 @@ class Settings:
 def schedule(settings: Settings, peak: float) -> optax.Schedule:
     """The rate at each step: a linear rise, then a cosine."""
     warmup = max(round(settings.warmup * settings.steps), 1)
+    steps = max(settings.steps, warmup + 1)
     return optax.warmup_cosine_decay_schedule(
-        peak / warmup, peak, warmup, max(settings.steps, warmup + 1), settings.final_rate * peak
+        peak / (warmup + 1), peak, warmup, steps, settings.final_rate * peak
     )
 
 
