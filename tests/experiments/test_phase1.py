@@ -257,25 +257,29 @@ def drawn_batch():
     return problem, tuple(jnp.asarray(x[0]) for x in batch), params
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole():
+def test_how_a_batch_is_cut_into_parts_does_not_matter():
     """Also when their numbers of labels differ: means are over tokens, not over parts."""
-    problem, (tokens, labels, segments), params = drawn_batch()
+    problem, rows, params = drawn_batch()
+    tokens, labels, segments = rows
     labels = labels.at[1, :, 5:].set(-100)
     assert (labels[0] >= 0).sum() > 2 * (labels[1] >= 0).sum() > 0
+    rows = (tokens, labels, segments)
+    empty = [jnp.full_like(x, fill) for x, fill in zip(rows, (0, -100, 0), strict=True)]
+    # four rows and four empty ones: two and two of each in both parts, or all labels in the first
+    even = tuple(jnp.concatenate([x, e], axis=1) for x, e in zip(rows, empty, strict=True))
+    uneven = tuple(
+        jnp.stack([x.reshape(4, 48), e.reshape(4, 48)]) for x, e in zip(rows, empty, strict=True)
+    )
     controls = jax.tree.map(lambda x: x[0], problem.controls)
     take = jax.jit(
         lambda batch: gradient(problem.model, SETTINGS, params, batch, controls, None),
         compiler_options=SETTINGS.compiler_options,
     )
-    parts = take((tokens, labels, segments))
-    whole = take(tuple(x.reshape(1, 4, 48) for x in (tokens, labels, segments)))
-    for grads in (parts[0], whole[0]):
-        assert optax.tree.norm(grads) > 1e-2
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6), parts[0], whole[0]
-    )
-    for name, value in whole[1].items():
-        np.testing.assert_allclose(parts[1][name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    (ours, metrics_a), (theirs, metrics_b) = take(even), take(uneven)
+    assert optax.tree.norm(ours) > 1e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6), ours, theirs)
+    for name, value in metrics_b.items():
+        np.testing.assert_allclose(metrics_a[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
