@@ -121,7 +121,7 @@ def train(run: runs.Run, args: Args, problem: Problem) -> Stand:
     tx = make_tx(settings, args.shape)
     update = make_update(problem.model, tx, settings, args.seed)
     scores = validation.make_scorer(problem.model, settings.compiler_options)
-    state = init_state(problem.model, tx, problem.keys(), settings)
+    state = init_state(problem.model, tx, problem.keys())
     stand = Stand(state, problem.start(), np.zeros(len(args.names), np.int64), 0.0)
     start, stand = runs.restore_latest(run, stand) or (0, stand)
     tokens = settings.batch * settings.accumulate * args.length * len(args.names)

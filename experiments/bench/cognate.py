@@ -20,7 +20,7 @@ import tyro
 
 from experiments import run as runs
 from experiments.cognate import validation
-from experiments.cognate.training import Settings, init_state, make_tx, make_update
+from experiments.cognate.training import QUICK, Settings, init_state, make_tx, make_update
 from experiments.data.packing import Rows
 from experiments.data.puzzles import Puzzle, Task, copy, modular, needle, recall
 from experiments.files import write_atomic, write_json
@@ -143,7 +143,7 @@ def train(args: Args, task: Task, arm: str, seeds: list[int]):
     config = config_of(args, task, arm)
     model, tx = Cognate(config), make_tx(settings, config)
     keys = jax.numpy.stack([jax.random.key(seed) for seed in seeds])
-    state = init_state(model, tx, keys, settings)
+    state = init_state(model, tx, keys)
     update = make_update(model, tx, settings, 0)
     controls = every(Controls(), len(seeds))
     measured: dict[str, Any] = {}
@@ -169,7 +169,7 @@ def run_arm(args: Args, task: Task, arm: str, seeds: list[int]) -> dict[str, Res
     model, params, losses = train(args, task, arm, seeds)
     puzzle = task.draw(np.random.default_rng([len(seeds), 2**31]), args.rows)
     rows, controls = rows_of(puzzle), every(Controls(), len(seeds))
-    options = {"xla_backend_optimization_level": 0} if args.quick_compile else None
+    options = QUICK if args.quick_compile else None
     scores = validation.make_scorer(model, options)(params, rows, controls, args.rows)
     count = count_parameters(model.config)
     full = [by_group(correct, puzzle) for correct in scores.correct]

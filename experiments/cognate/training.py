@@ -33,6 +33,10 @@ class State(NamedTuple):
     stale: Int[Array, " models"]  # validations since the best
 
 
+QUICK = {"xla_backend_optimization_level": 0}
+"""compiles in half the time, to a slower program"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How the models are trained."""
@@ -67,7 +71,7 @@ class Settings:
     @property
     def compiler_options(self) -> dict[str, int] | None:
         """What every program of the run is compiled with."""
-        return {"xla_backend_optimization_level": 0} if self.quick_compile else None
+        return QUICK if self.quick_compile else None
 
     def problems(self) -> list[str]:
         """What is out of its range, each as a part of a sentence."""
@@ -129,17 +133,14 @@ def make_tx(settings: Settings, config: CognateConfig) -> optax.GradientTransfor
     )
 
 
-def init_state(
-    model: Cognate, tx: optax.GradientTransformation, keys: Array, settings: Settings
-) -> State:
+def init_state(model: Cognate, tx: optax.GradientTransformation, keys: Array) -> State:
     """Models at their start, one for each key."""
 
     def one(key):
         params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
         return params, tx.init(params)
 
-    made = jax.jit(jax.vmap(one), compiler_options=settings.compiler_options)
-    params, opt_state = made(keys)
+    params, opt_state = jax.jit(jax.vmap(one), compiler_options=QUICK)(keys)
     count = len(keys)
     # copies: the update may reuse the memory of what it is given
     average, best = (jax.tree.map(jnp.copy, params) for _ in range(2))

@@ -83,7 +83,7 @@ def cached_scorer(config):
 @functools.cache
 def cached_init(config, settings, keys):
     made = jax.random.wrap_key_data(jnp.asarray(np.array(keys, np.uint32)))
-    return init_state(Cognate(config), make_tx(settings, config), made, settings)
+    return init_state(Cognate(config), make_tx(settings, config), made)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,7 +102,7 @@ def compiled_once():
         yield
 
 
-def initial(model, tx, keys, settings):
+def initial(model, tx, keys, settings=SETTINGS):
     """A copy: an update takes its arguments over."""
     del tx
     data = tuple(map(tuple, np.asarray(jax.random.key_data(keys)).tolist()))
@@ -121,7 +121,7 @@ def last_checkpoint(out):
     """The leaves of the last checkpoint, by name."""
     args = make_args(out, specialization="all")
     problem = phase1.load_problem(args)
-    state = initial(problem.model, None, problem.keys(), args.training)
+    state = initial(problem.model, None, problem.keys())
     template = phase1.Stand(state, problem.start(), np.zeros(3, np.int64), 0.0)
     note, stand = checkpoints.restore_latest(out / "checkpoints" / "state", template)
     return note["step"], stand
@@ -236,7 +236,7 @@ def test_three_at_once_are_three_alone(unbroken, tmp_path):
         args = make_args(tmp_path / name, specialization=name)
         problem = phase1.load_problem(args)
         update = cached_update(args.shape, args.training, args.seed)
-        state = initial(problem.model, None, problem.keys(), args.training)
+        state = initial(problem.model, None, problem.keys())
         cursor = problem.start()
         for step in range(6):
             batch, cursor = next_batch(problem, cursor, step, parts=2, rows=2, length=48)
@@ -252,7 +252,7 @@ def drawn_batch():
     args = make_args("unused")
     problem = phase1.load_problem(args)
     batch, _ = next_batch(problem, problem.start(), 0, parts=2, rows=2, length=48)
-    state = initial(problem.model, None, problem.keys(), args.training)
+    state = initial(problem.model, None, problem.keys())
     params = jax.tree.map(lambda x: x[0], state.params)
     return problem, tuple(jnp.asarray(x[0]) for x in batch), params
 
