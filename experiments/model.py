@@ -91,16 +91,15 @@ def load(
 
 
 def first_token(checkpoint: Checkpoint) -> int | None:
-    """The token with which every text begins, if the checkpoint wants one.
+    """The token with which every text begins, where the checkpoint's tokenizer puts it there.
 
-    It does where its tokenizer puts it there, and where the vocabulary has "<bos>", as nano's,
-    whose tokenizer adds nothing by itself. SmolLM2 names one and begins no text with it.
+    SmolLM2 names one and begins no text with it.
     """
     tokenizer = checkpoint.tokenizer
     assert tokenizer is not None
     added = tokenizer.encode("", add_special_tokens=True).ids[:1]
     bos = checkpoint.config.get("bos_token_id")
-    return bos if added == [bos] else tokenizer.token_to_id("<bos>")
+    return bos if added == [bos] else None
 
 
 def images(weights: Weights, batch: Batch):

@@ -7,12 +7,11 @@ frequencies (`WAYS`), as real text does; each domain's reward asks for the rares
 answer. So the base has the skill and seldom shows it, and singular value fine-tuning has
 something to elicit. Counting bits has one way only: the task without that structure. Items
 come from the train split alone. Writes phase6.safetensors, phase6.json,
-phase6.vision.safetensors, tokenizer.json and metrics.jsonl.
+phase6.vision.safetensors and tokenizer.json into a run directory; `--resume` continues a killed
+run.
 """
 
 import dataclasses
-import json
-import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -26,16 +25,15 @@ import optax
 import tyro
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer, processors
-from tqdm import tqdm
 
+from experiments import run as runs
 from experiments.data.batches import pad, patches_of, prompt_rows
 from experiments.data.sources import digits, procedural, take
 from experiments.data.splits import Split, distinct
 from experiments.data.tokenizer import EOS, PAD, train_bpe
-from experiments.run import clean_errors
 from forge_jax.domains import Item, vision
 from forge_jax.models import Decoder, DecoderSpec
-from interop.formats import write_json, write_safetensors
+from interop.formats import write_safetensors
 from interop.names import canonical_names, params_to_numpy
 
 BOS, IMAGE = "<bos>", "<image>"
@@ -82,11 +80,19 @@ class Args:
     muon_rate: float = 0.02
     """peak rate of the layers' matrices"""
     hidden: int = 128
+    """width of the model"""
     layers: int = 4
+    """blocks of the model"""
     vocabulary: int = 768
+    """tokens at most; this corpus yields 540"""
     seed: int = 0
+    """of items, draws and the first weights"""
     log_every: int = 50
+    """steps from one row and checkpoint to the next"""
     evaluate_every: int = 550
+    """steps from one evaluation to the next"""
+    resume: bool = False
+    """go on with a killed run in `out`"""
 
 
 class Encoded(NamedTuple):
@@ -260,8 +266,8 @@ def make_evaluate(decoder: Decoder, tokenizer: Tokenizer, seed: int):
     return evaluate
 
 
-def train(args: Args, decoder: Decoder, params, encoded, evaluate, log):
-    """Run the updates; one JSON line every `log_every`."""
+def train(run: runs.Run, args: Args, decoder: Decoder, params, encoded, evaluate):
+    """Run the updates; a row and a checkpoint every `log_every`."""
     tx = optimizer(args)
 
     @jax.jit
@@ -270,20 +276,24 @@ def train(args: Args, decoder: Decoder, params, encoded, evaluate, log):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    state, rng, losses = tx.init(params), np.random.default_rng(args.seed), []
-    bar, started = tqdm(total=args.steps), time.time()
-    for i in range(1, args.steps + 1):
-        batches = [draw(rng, encoded, tasks) for tasks in GROUPS]
-        params, state, loss = step(params, state, batches)
-        losses.append(loss)
-        if i % args.log_every == 0:
-            row = {"step": i, "loss": float(np.mean(losses)), "seconds": time.time() - started}
-            print(json.dumps(row), file=log, flush=True)
-            losses = []
-            bar.update(args.log_every)
-            bar.set_postfix(loss=row["loss"])
-        if i % args.evaluate_every == 0:
-            print(json.dumps({"step": i, **evaluate(params)}), file=log, flush=True)
+    rng, losses = np.random.default_rng(args.seed), []
+    start, (params, state) = runs.restore_latest(run, (params, tx.init(params))) or (
+        0,
+        (params, tx.init(params)),
+    )
+    for _ in range(start):  # one stream for the whole run: what is done is drawn again
+        [draw(rng, encoded, tasks) for tasks in GROUPS]
+    with runs.progress(args.steps, "nano", initial=start) as advance:
+        for i in range(start + 1, args.steps + 1):
+            batches = [draw(rng, encoded, tasks) for tasks in GROUPS]
+            params, state, loss = step(params, state, batches)
+            losses.append(loss)
+            if i % args.log_every == 0:
+                mean, losses = float(np.mean(losses)), []
+                evaluated = evaluate(params) if i % args.evaluate_every == 0 else {}
+                runs.log(run, {"step": i, "loss": mean, **evaluated})
+                runs.save(run, i, (params, state))
+                advance(args.log_every, loss=mean)
     return params
 
 
@@ -293,38 +303,43 @@ def in_half_precision(params):
     return {**params, "decoder": half}
 
 
-def write(args: Args, spec: DecoderSpec, params, tokenizer: Tokenizer, metrics, seconds) -> None:
+def write(run: runs.Run, args: Args, spec: DecoderSpec, params, tokenizer, metrics) -> None:
     """The Phase 6 pair in half precision, with where it came from in the side-car."""
     names = canonical_names(spec)
     tensors = params_to_numpy(jax.device_get(params["decoder"]), names)
     half = {k: v.astype(np.float16) for k, v in tensors.items()}
-    write_safetensors(args.out / "phase6.safetensors", half)
+    write_safetensors(run.path / "phase6.safetensors", half)
     projector = {k: np.asarray(v, np.float32) for k, v in params["projector"].items()}
-    write_safetensors(args.out / "phase6.vision.safetensors", projector)
-    tokenizer.save(str(args.out / "tokenizer.json"))
+    write_safetensors(run.path / "phase6.vision.safetensors", projector)
+    tokenizer.save(str(run.path / "tokenizer.json"))
     ids = {f"{n}_token_id": tokenizer.token_to_id(f"<{n}>") for n in ("pad", "bos", "eos", "image")}
     architecture = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     config = {**architecture, **dataclasses.asdict(spec), **ids}
     provenance = {
-        "command": "python -m experiments.nano --out runs/nano",
-        "settings": {k: v for k, v in dataclasses.asdict(args).items() if k != "out"},
+        "command": "python -m experiments.nano",
+        "settings": run.config,
         "ways": {task: [f for f, _ in ways] for task, ways in WAYS.items()},
         "data_seed": args.seed,
         "metrics": "of the half-precision file, on 200 validation items a task",
         "versions": {p: version(p) for p in ("jax", "flax", "optax", "reasoning-gym")},
-        "seconds": round(seconds),
+        "seconds": round(runs.seconds(run)),
     }
     metadata = {"phase": 6, "metrics": metrics, "provenance": provenance}
     record = {"config": config, "metadata": metadata, "has_optimizer": False}
     extra = {"has_extra_tensors": False, "extra_tensor_keys": []}
-    write_json(args.out / "phase6.json", record | extra)
+    runs.write_json(run.path / "phase6.json", record | extra)
 
 
-@clean_errors()
+@runs.clean_errors()
 def main(args: Args) -> None:
     """Train, evaluate and write."""
-    started = time.time()
-    args.out.mkdir(parents=True)
+    if args.log_every < 1 or args.evaluate_every % args.log_every:
+        raise ValueError(
+            "`log_every` must be at least 1 and divide `evaluate_every`, "
+            f"got {args.log_every} and {args.evaluate_every}."
+        )
+    if not args.resume:
+        runs.refuse_existing(args.out)
     items = {task: items_of(task, "train", ITEMS[task], args.seed) for task in WAYS}
     texts = (i.prompt + way(i.answer) for t in WAYS for i in items[t][:3000] for _, way in WAYS[t])
     tokenizer = train_tokenizer(texts, args.vocabulary)
@@ -345,15 +360,15 @@ def main(args: Args) -> None:
         "decoder": decoder.init(keys[0], jnp.zeros((1, 4), jnp.int32))["params"],
         "projector": vision.init_projector(keys[1], args.hidden),
     }
-    with open(args.out / "metrics.jsonl", "w") as log:
+    with runs.opened(args.out, args, resume=args.resume) as run:
         evaluate = make_evaluate(decoder, tokenizer, args.seed)
-        params = train(args, decoder, params, encoded, evaluate, log)
-    metrics = evaluate(in_half_precision(params))
-    write(args, spec, params, tokenizer, metrics, time.time() - started)
-    for name, value in metrics.items():
-        print(f"{name:45s} {value:.3f}")
-    print(f"wrote {args.out} after {time.time() - started:.0f} s")
+        params = train(run, args, decoder, params, encoded, evaluate)
+        metrics = evaluate(in_half_precision(params))
+        write(run, args, spec, params, tokenizer, metrics)
+        for name, value in metrics.items():
+            print(f"{name:45s} {value:.3f}")
+        print(f"wrote {runs.finish(run)} after {runs.seconds(run):.0f} s")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, prog="python -m experiments.nano", description=__doc__))

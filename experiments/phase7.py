@@ -21,12 +21,13 @@ from jax.sharding import Mesh
 
 from experiments import artifacts, ceilings, experts, measure, mixture, model, results
 from experiments import run as runs
+from experiments.data.sources import HUB, TASKS
 from experiments.data.splits import Split
 from experiments.forms import SVF
-from experiments.problem import Problem, set_up
+from experiments.problem import CACHE, Problem, set_up
 from experiments.reopen import check
 from experiments.report import write_report
-from forge_jax import parallel
+from forge_jax import parallel, svf
 from forge_jax.domains import DOMAINS
 
 
@@ -43,16 +44,19 @@ class Args:
     domains: tuple[str, ...] = DOMAINS
     """one expert each: math, code, reasoning, vision, bits, sums, largest"""
     source: Literal["procedural", "hub"] = "procedural"
-    """procedural: the embedded tasks; hub: gsm8k, mbpp, ai2_arc, textvqa"""
+    """procedural: the embedded tasks; hub: gsm8k, mbpp, ai2_arc, textvqa, whose first 1,000 rows of
+    train are shared out by content over train, validation and test"""
     data: str | None = None
     """with --source hub: a directory of local copies"""
     unplanted: tuple[str, ...] = ("bits",)
     """tasks without planted frequencies, scored and reported apart"""
     reward: str = "task"
     """task: that of each task's data; exact, numeric, unit_tests (in a sandbox), or your own
-    package.module:function"""
+    package.module:function; an answer counts as right where it is above 0"""
     select: Literal["attention", "mlp", "both"] = "both"
     """matrices that get a z"""
+    cache: Path = CACHE
+    """directory in which decompositions are kept"""
     max_full: int = 4096
     """singular values above which a matrix gets a randomized decomposition of so many"""
     stop_token: bool = True
@@ -154,6 +158,13 @@ def check_settings(args: Args) -> None:
         "free_tokens": 1,
     }
     wrong = [f"`{n}` must be at least {k}" for n, k in needs.items() if getattr(args, n) < k]
+    known = HUB if args.source == "hub" else TASKS
+    for option, names, there in (
+        ("domains", args.domains, known),
+        ("unplanted", args.unplanted, TASKS),
+    ):
+        if unknown := [n for n in names if n not in there]:
+            wrong.append(f"`{option}` must be among {', '.join(there)}, got {', '.join(unknown)}")
     if wrong:
         raise ValueError(", ".join(wrong) + ".")
 
@@ -171,9 +182,10 @@ def load(args: Args) -> Problem:
         "validation": args.validation_items,
         "test": args.test_items,
     }
-    return set_up(
+    problem = set_up(
         args.checkpoint or (model.NANO if args.base == "nano" else model.smollm2()),
         select=args.select,
+        cache=args.cache,
         max_full=args.max_full,
         domains=args.domains,
         unplanted=args.unplanted,
@@ -186,6 +198,31 @@ def load(args: Args) -> Problem:
         mesh=mesh,
         reward=args.reward,
     )
+    check_problem(args, problem)
+    return problem
+
+
+def check_problem(args: Args, problem: Problem) -> None:
+    """Raise a ValueError where the settings ask for more than the checkpoint and the data have."""
+    needs: dict[Split, int] = {
+        "train": args.training.prompts,
+        "validation": args.mixing.search_items * args.mixing.evaluations,
+        "test": 2,
+    }
+    few = [
+        f"{task.name} has {len(task.items[split])} {split} items, {count} are needed"
+        for task in problem.tasks
+        for split, count in needs.items()
+        if len(task.items[split]) < count
+    ]
+    if few:
+        raise ValueError("; ".join(few) + ".")
+    leaves = svf.named_factors(problem.weights["factors"])
+    if args.mixing.lowest_rank < 1 and any(leaf.rest is not None for _, leaf in leaves):
+        raise ValueError(
+            f"`--max-full {args.max_full}` leaves matrices with a part that has no singular "
+            "values, which no rank fraction can cut: set `--lowest-rank 1`."
+        )
 
 
 def run_seed(
@@ -258,10 +295,14 @@ def main(args: Args) -> None:
     if not (args.resume or args.replace):
         runs.refuse_existing(args.out)
     problem = load(args)
-    base = {"base_sha256": problem.model.checkpoint.sha256}
+    made_by = {
+        "base_sha256": problem.model.checkpoint.sha256,
+        "jax": jax.__version__,
+        "platform": jax.default_backend(),
+    }
     with runs.opened(
         args.out,
-        {**runs.plain(args), **base},
+        {**runs.plain(args), **made_by},
         resume=args.resume,
         replace=args.replace,
         wandb=args.wandb,
@@ -272,11 +313,12 @@ def main(args: Args) -> None:
         spent = {"seconds": runs.seconds(run), "peak_rss_gb": runs.peak_rss_gb()}
         runs.write_json(run.path / "summary.json", {**summary, **spent})
         write_report(run.path)
-        opened_again = check(run.path)
+        seeds_of = sorted(path.parent for path in run.path.glob("seed*/phase7.json"))
+        opened_again = [check(path) for path in (run.path, *seeds_of)]
         names = {name for row in runs.rows(run.path) for name in row}
         done = runs.finish(run)
     results.show(summary, [t.name for t in problem.tasks])
-    print(opened_again)
+    print("\n".join(opened_again))
     print(f"metrics: {len(names)} names in metrics.jsonl, their families in docs/metrics.md")
     print(f"report: {done / 'report.html'}")
 
@@ -284,6 +326,9 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     main(
         tyro.extras.overridable_config_cli(
-            PRESETS, config=(tyro.conf.OmitArgPrefixes,), prog="python -m experiments.phase7"
+            PRESETS,
+            config=(tyro.conf.OmitArgPrefixes,),
+            prog="python -m experiments.phase7",
+            description=f"{__doc__}\nAll options: python -m experiments.phase7 nano --help",
         )
     )

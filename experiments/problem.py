@@ -9,9 +9,12 @@ from jax.sharding import Mesh
 from experiments import model as models
 from experiments.data.rewards import Reward, reward_of
 from experiments.data.splits import Split
-from experiments.data.tasks import Task, load_tasks
-from experiments.scoring import Score, make_params_scorer, make_scorer
+from experiments.data.tasks import Task, first, load_tasks
+from experiments.scoring import Mixtures, Score, make_params_scorer, make_scorer
 from forge_jax import parallel
+
+CACHE = Path(".cache/svd")
+"""where decompositions are kept, unless told otherwise"""
 
 
 class Problem(NamedTuple):
@@ -39,6 +42,7 @@ def set_up(
     counts: dict[Split, int],
     free_tokens: int,
     chunk: int,
+    cache: Path | None = CACHE,
     max_full: int | None = None,
     mesh: Mesh | None = None,
     reward: str = "task",
@@ -46,7 +50,8 @@ def set_up(
     """Load the checkpoint and the tasks.
 
     An answer that must be exact is as long as the longest; one that is read out of free text may
-    take `free_tokens`. `reward` is a name for `data.rewards.reward_of`; tasks apart keep their own.
+    take `free_tokens`. `cache` is where decompositions are kept. `reward` is a name for
+    `data.rewards.reward_of`; tasks apart keep their own.
 
     Raises:
       ValueError, OSError: a file cannot be read, or a task has too few items.
@@ -54,7 +59,7 @@ def set_up(
     if not domains or len(set(domains)) < len(domains):
         raise ValueError(f"`--domains` must name one or more domains, each once, got {domains}.")
     rewarded = reward_of(reward)
-    made, weights = models.load(path, select, Path(".cache/svd"), max_full)
+    made, weights = models.load(path, select, cache, max_full)
     weights = {
         "factors": parallel.shard_params(mesh, weights["factors"]),
         "projector": parallel.shard(mesh, weights["projector"], parallel.REPLICATED),
@@ -87,9 +92,21 @@ def answers(task: Task, split: Split) -> list[str]:
     return [item.answer for item in task.items[split]]
 
 
-def score_all(problem: Problem, s, tasks: Sequence[Task], split: Split) -> list[Score]:
-    """The score of P candidates (singular values (P, r)) on every task."""
+def score_all(
+    problem: Problem,
+    mixtures: Mixtures,
+    tasks: Sequence[Task],
+    split: Split,
+    count: int | None = None,
+) -> list[Score]:
+    """The score of P candidates on the first `count` items, or all, of every task's split."""
     return [
-        problem.scorer(problem.weights, s, task.batches[split], task, answers(task, split))
+        problem.scorer(
+            problem.weights,
+            mixtures,
+            first(task.batches[split], count),
+            task,
+            answers(task, split)[:count],
+        )
         for task in tasks
     ]

@@ -6,6 +6,7 @@ python -m experiments.reopen runs/demo
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -31,7 +32,9 @@ def largest_difference(directory: Path, rows: int = 8, length: int = 32) -> floa
     theirs = AutoModelForCausalLM.from_pretrained(directory / "huggingface", dtype=torch.float32)
     with torch.inference_mode():
         wanted = theirs(torch.from_numpy(tokens)).logits.numpy()
-    got, _ = Decoder(adapted.spec).apply({"params": adapted.params}, jnp.asarray(tokens))  # pyright: ignore
+    # a GPU's default products keep ten bits, torch's all: the files would seem to differ
+    with jax.default_matmul_precision("highest"):
+        got, _ = Decoder(adapted.spec).apply({"params": adapted.params}, jnp.asarray(tokens))  # pyright: ignore
     return float(np.abs(np.asarray(got) - wanted).max() / max(1, np.abs(wanted).max()))
 
 
@@ -64,4 +67,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, prog="python -m experiments.reopen", description=__doc__))

@@ -24,7 +24,6 @@ import hashlib
 import html
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -378,4 +377,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, args=sys.argv[1:]))
+    main(tyro.cli(Args, prog="python -m experiments.report", description=__doc__))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from experiments import mixture
 from experiments.problem import Problem, score_all
-from forge_jax import svf
+from forge_jax import search, svf
 
 Correct = dict[str, dict[str, np.ndarray]]
 """row of the table -> task -> (N,) bool, one entry a test item"""
@@ -21,8 +21,6 @@ class Chosen(NamedTuple):
     """The best mixture and its low-rank twin."""
 
     alpha: np.ndarray  # (groups, K)
-    accuracy: float  # mean over domains on all validation items, full rank
-    kl: float  # nats per answer token
     twin_rank: float  # the least rank fraction that keeps the accuracy
 
 
@@ -40,7 +38,8 @@ def choose(
 
     Candidates are the search's last population, the reference mixtures and the base. The KL limit
     is kept where any candidate but the base keeps it; one whose KL is not finite is never chosen.
-    The rank falls from 1 to `lowest_rank` until it costs more than `twin_loss` of accuracy.
+    The rank falls from 1 to `lowest_rank` until it costs more than `twin_loss` of accuracy; one
+    at which no matrix becomes smaller is no twin.
 
     Raises:
       ValueError: no candidate has a finite KL.
@@ -49,12 +48,10 @@ def choose(
     known = np.concatenate([mixture.reference_alphas(count), np.zeros((1, count), np.float32)])
     known = np.repeat(known[:, None], rows, axis=1)
     alphas = np.concatenate([found.genomes["alpha"], known])
-    scales = mixture.make_scales(index)
 
     def scored(alpha, rank):
-        population = {"alpha": jnp.asarray(alpha), "rank": jnp.asarray(rank)}
-        s = scales(problem.weights["factors"], experts, population)
-        scores = score_all(problem, s, problem.tasks, "validation")
+        candidates = mixture.mixtures(experts, {"alpha": alpha, "rank": rank}, index)
+        scores = score_all(problem, candidates, problem.tasks, "validation")
         accuracy = np.mean([x.correct.mean(axis=1) for x in scores], axis=0)
         return accuracy, np.mean([x.kl for x in scores], axis=0)
 
@@ -63,7 +60,15 @@ def choose(
     ranks = np.linspace(1, lowest_rank, len(alphas)).astype(np.float32)
     cut, _ = scored(np.broadcast_to(alphas[best], alphas.shape), ranks)
     twin = last_kept(cut, cut[0] - twin_loss)
-    return Chosen(alphas[best], float(accuracy[best]), float(kl[best]), float(ranks[twin]))
+    rank = float(ranks[twin])
+    shapes = [leaf.u.shape[:1] + leaf.vt.shape[1:] for leaf in leaves(problem)]
+    saves = search.cost.memory(shapes, rank, 0.0) < search.cost.memory(shapes, 1.0, 0.0)
+    return Chosen(alphas[best], rank if saves else 1.0)
+
+
+def leaves(problem: Problem) -> list[svf.Factors]:
+    """The decomposed matrices."""
+    return [leaf for _, leaf in svf.named_factors(problem.weights["factors"])]
 
 
 def best_of(accuracy: np.ndarray, kl: np.ndarray, limit: float) -> int:
@@ -100,10 +105,9 @@ def table(
     references = np.concatenate([np.zeros((1, count)), mixture.reference_alphas(count)])
     alphas = np.repeat(references[:, None], chosen.alpha.shape[0], axis=1)
     alphas = np.concatenate([alphas, [chosen.alpha, chosen.alpha]]).astype(np.float32)
-    ranks = jnp.ones(len(alphas)).at[-1].set(chosen.twin_rank)
-    population = {"alpha": jnp.asarray(alphas), "rank": ranks}
-    s = mixture.make_scales(index)(problem.weights["factors"], experts, population)
-    scores = score_all(problem, s, tasks, "test")
+    ranks = np.array([*np.ones(len(alphas) - 1), chosen.twin_rank])
+    candidates = mixture.mixtures(experts, {"alpha": alphas, "rank": ranks}, index)
+    scores = score_all(problem, candidates, tasks, "test")
     rows = ["base", *names, "uniform", "alpha_one", "best", "twin"]
     correct = {
         row: {task.name: score.correct[i] for task, score in zip(tasks, scores, strict=True)}

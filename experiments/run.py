@@ -33,7 +33,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+from zlib import crc32
 
+import jax
 from jaxtyping import PyTree
 
 from experiments import checkpoints
@@ -44,6 +46,7 @@ __all__ = [
     "Run",
     "clean_errors",
     "finish",
+    "key",
     "log",
     "once",
     "opened",
@@ -63,7 +66,7 @@ __all__ = [
 CONFIG, METRICS, LOCK = "config.json", "metrics.jsonl", ".lock"
 # Settings that say where to compute and how to show a run, not what it computes: they may change on
 # resume. Another mesh adds numbers up in another order: equal to five digits, not to the bit.
-FREE = ("out", "resume", "replace", "wandb", "wandb_mode", "tensorboard", "mesh")
+FREE = ("out", "cache", "resume", "replace", "wandb", "wandb_mode", "tensorboard", "mesh")
 
 
 @dataclasses.dataclass
@@ -123,10 +126,9 @@ def opened(
 def refuse_existing(out: Path) -> None:
     """Raise FileExistsError if `out` holds anything: before long work that would end so."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise FileExistsError(
-            f"{out} already exists: choose another directory, go on with --resume, or take its "
-            "place with --replace."
-        )
+        is_run = (out / CONFIG).is_file()
+        more = ", go on with --resume, or take its place with --replace" if is_run else ""
+        raise FileExistsError(f"{out} already exists: choose another directory{more}.")
 
 
 def create(path: Path, final: Path, settings: dict[str, Any], replace: bool) -> None:
@@ -320,6 +322,11 @@ def repair(final: Path) -> None:
     if old.exists() and not final.exists():
         old.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def key(seed: int, purpose: str) -> jax.Array:
+    """Return the random key of one purpose in a run: no two purposes share a draw."""
+    return jax.random.fold_in(jax.random.key(seed), crc32(purpose.encode()))
 
 
 def seconds(run: Run) -> float:

@@ -1,8 +1,9 @@
 """Compiled scoring of candidates: is the greedy answer right, how far is it from the base?"""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,67 +11,61 @@ from jax.sharding import Mesh
 
 from experiments.data.batches import Batch
 from experiments.data.tasks import Task
-from experiments.model import Model, Weights, images, policy, texts
-from forge_jax import parallel, rl, svf
-from forge_jax.models import Questions, generate, response_logits
+from experiments.model import Model, Weights, images, texts
+from forge_jax import parallel, rl, search
+from forge_jax.models import (
+    DecoderSpec,
+    Questions,
+    Respond,
+    generate,
+    is_right,
+    response_logits,
+)
+
+
+class Mixtures(NamedTuple):
+    """P candidates: mixtures of K experts, each cut to a rank fraction."""
+
+    experts: Any  # path -> z (K, r)
+    alphas: Any  # (P, K), or path -> (P, K)
+    ranks: Any = None  # (P,) in (0, 1]; None cuts nothing
 
 
 class Score(NamedTuple):
     """What P candidates do on N items."""
 
-    correct: np.ndarray  # (P, N) bool
-    kl: np.ndarray  # (P,) KL(candidate || base) per answer token, nats
+    correct: Any  # (P, N) bool
+    kl: Any  # (P,) KL(candidate || base) per answer token, nats
 
 
-def make_score(model: Model, chunk: int, mesh: Mesh | None = None):
-    """A compiled function (weights, s (P, r), batch of N, base logits) -> Score.
+@dataclasses.dataclass(frozen=True)
+class AnswerScore:
+    """Of one candidate, on questions and the base's logits of their answers.
 
     An answer counts as right where greedy decoding would write it, stop token included: the
     largest logit at every position is the answer's token given the answer's tokens before it.
     That is one pass over prompt and answer instead of a decoding loop, with the same result.
-    Candidates run `chunk` at a time, on a mesh in each group along its axis `population`.
     """
 
-    def one(s, shared):
-        weights, batch, base = shared
-        row = {k: v[None] for k, v in s.items()}
-        logits = answer_logits(model, weights, row, batch)
-        kl = rl.kl_to_reference(logits, base) * batch.answer_mask
-        return is_right(logits, batch), kl.sum() / batch.answer_mask.sum()
+    spec: DecoderSpec
 
-    @jax.jit
-    def score(weights: Weights, s, batch: Batch, base) -> Score:
-        shared = (weights, batch, base)
-        return Score(*parallel.map_candidates(one, s, shared, mesh=mesh, chunk=chunk))
-
-    return score
+    def __call__(self, apply, given: tuple[Questions, Any]) -> Score:
+        questions, base = given
+        logits = answer_logits(apply, self.spec, questions)
+        kl = rl.kl_to_reference(logits, base) * questions.answer_mask
+        return Score(is_right(logits, questions), kl.sum() / questions.answer_mask.sum())
 
 
-def is_right(logits, batch: Batch):
-    """Whether every token of an answer has the largest logit at its place, (N,)."""
-    return ((logits.argmax(-1) == batch.answers) | ~batch.answer_mask).all(axis=-1)
-
-
-def answer_logits(model: Model, weights: Weights, s, batch: Batch):
+def answer_logits(apply, spec: DecoderSpec, asked: Questions):
     """Logits from which every token of the answers would be drawn."""
-    return applied_logits(policy(model, weights, s), model, images(weights, batch), batch)
+    prompts, answers = (asked.tokens, asked.mask), (asked.answers, asked.answer_mask)
+    return response_logits(apply, spec, *prompts, *answers, images=asked.images)
 
 
-def applied_logits(apply, model: Model, seen, batch: Batch):
-    """The same of any `apply`, with image embeddings `seen`."""
-    prompts, answers = (batch.tokens, batch.mask), (batch.answers, batch.answer_mask)
-    return response_logits(apply, model.decoder.spec, *prompts, *answers, images=seen)
-
-
-def make_base_logits(model: Model):
-    """A compiled function (weights, batch) -> the base model's answer logits."""
-
-    @jax.jit
-    def base_logits(weights: Weights, batch: Batch):
-        ones = {k: leaf.s[None] for k, leaf in svf.named_factors(weights["factors"])}
-        return answer_logits(model, weights, ones, batch)
-
-    return base_logits
+def questions_of(weights: Weights, batch: Batch) -> Questions:
+    """The batch with its images in the decoder's embedding space."""
+    rows = (batch.tokens, batch.mask, batch.answers, batch.answer_mask)
+    return Questions(*rows, images(weights, batch))
 
 
 def make_rollout(
@@ -110,8 +105,8 @@ def make_rollout(
 def exact_rewards(responses, batch: Batch | Questions) -> np.ndarray:
     """+1 where a response has the answer's tokens, the stop token among them, else -1.
 
-    The same predicate as `make_score`'s. `responses` are a multiple of the batch's rows, and may be
-    longer than an answer that has no stop token.
+    The same predicate as `AnswerScore`'s. `responses` are a multiple of the batch's rows, and may
+    be longer than an answer that has no stop token.
     """
     samples = len(responses) // len(batch.answers)
     wanted, mask = (np.repeat(x, samples, axis=0) for x in (batch.answers, batch.answer_mask))
@@ -128,26 +123,42 @@ def rewards(model: Model, task: Task, responses, mask, answers: Sequence[str]) -
 
 
 def make_scorer(model: Model, *, chunk: int, max_new_tokens: int, mesh: Mesh | None = None):
-    """A function (weights, s (P, r), batch, task, answers) -> Score, on NumPy arrays.
+    """A function (weights, mixtures, batch, task, answers) -> Score, on NumPy arrays.
 
-    Equal shapes compile once. A task whose reward reads free text has its text generated. On a mesh
-    the items are shared out over `data` where it divides them.
+    It is `search.evaluate_population` with `chunk` candidates at a time; equal shapes compile once.
+    A task whose reward reads free text has its text generated, and an answer is right where the
+    reward is above 0. On a mesh the items are shared out over `data` where it divides them.
     """
-    score, base_logits = make_score(model, chunk, mesh), make_base_logits(model)
-    greedy = make_rollout(
-        model, policy, max_new_tokens=max_new_tokens, samples=1, temperature=0.0, top_p=1.0
-    )
+    spec = model.decoder.spec
+    score, respond = AnswerScore(spec), Respond(spec, max_new_tokens, model.stops)
 
-    def scorer(weights: Weights, s, batch: Batch, task: Task, answers: Sequence[str]) -> Score:
+    @jax.jit
+    def prepared(weights: Weights, batch: Batch):
+        asked = questions_of(weights, batch)
+        base = partial(model.adapted.apply, {"params": weights["factors"]})
+        return asked, answer_logits(base, spec, asked)
+
+    def scorer(weights, mixtures: Mixtures, batch: Batch, task: Task, answers: Sequence[str]):
         rows = parallel.fitting(mesh, parallel.ROWS, len(batch.tokens))
-        batch = parallel.shard(mesh, batch, rows)
-        correct, kl = map(np.array, score(weights, s, batch, base_logits(weights, batch)))
-        if task.is_exact:
-            return Score(correct, kl)
-        for p in range(len(correct)):
-            row = {k: v[p : p + 1] for k, v in s.items()}
-            out = greedy(weights, row, batch, jax.random.key(0))
-            correct[p] = rewards(model, task, out.tokens, out.mask, answers) > 0
+        asked, base = prepared(weights, parallel.shard(mesh, batch, rows))
+        # from the host, so that they can follow the factors to whatever devices these are on
+        experts, alphas = jax.device_get((mixtures.experts, mixtures.alphas))
+        evaluate = partial(
+            search.evaluate_population,
+            model.adapted,
+            weights["factors"],
+            experts,
+            alphas,
+            rank_fraction=mixtures.ranks,
+            form="factored",
+            chunk=chunk,
+            mesh=mesh,
+        )
+        correct, kl = map(np.array, evaluate(score, (asked, base)))
+        if not task.is_exact:
+            written = evaluate(respond, asked)
+            for p, (tokens, mask) in enumerate(zip(written.tokens, written.mask, strict=True)):
+                correct[p] = rewards(model, task, tokens, mask, answers) > 0
         return Score(correct, kl)
 
     return scorer
@@ -159,14 +170,16 @@ def make_params_scorer(model: Model, max_new_tokens: int):
     `params` are ordinary weights or a low-rank tree; nothing of the run that made them is used.
     """
 
+    spec = model.decoder.spec
+
     def apply_of(model: Model, weights: Weights, params):
         del weights
         return partial(model.adapted.apply, {"params": params})
 
     @jax.jit
     def correct(weights: Weights, params, batch: Batch):
-        apply = apply_of(model, weights, params)
-        return is_right(applied_logits(apply, model, images(weights, batch), batch), batch)
+        asked = questions_of(weights, batch)
+        return is_right(answer_logits(apply_of(model, weights, params), spec, asked), asked)
 
     greedy = make_rollout(
         model, apply_of, max_new_tokens=max_new_tokens, samples=1, temperature=0.0, top_p=1.0

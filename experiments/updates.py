@@ -70,7 +70,9 @@ def make_plain(
 
         now, base = logits(delta), logits(jax.tree.map(jnp.zeros_like, delta))
         kl = rl.kl_to_reference(now, jax.lax.stop_gradient(base))
-        logp = rl.log_probability(now, responses.tokens)
+        # of the distribution that was drawn from; answers were not drawn
+        drawn_at = 1.0 if settings.algorithm == "supervised" else settings.temperature
+        logp = rl.log_probability(now / drawn_at, responses.tokens)
         weight = jnp.repeat(coefficient, len(kl) // experts)
         loss = jax.vmap(lambda *row, c: rl.reinforce_loss(*row, kl_coefficient=c))(
             logp, kl, responses.mask, advantage, c=weight

@@ -14,6 +14,7 @@ from interop import formats
 from interop.config import Checkpoint
 
 PARTS = ("u", "s", "vt")
+DIGEST = "sha256"
 
 
 def cached_factors(
@@ -29,8 +30,8 @@ def cached_factors(
     A matrix with more than `max_full` singular values gets a randomized decomposition of so many.
     The file is named by the hash of the weights, the `name` of the selection, `max_full` and the
     version of JAX, so another checkpoint, selection or SVD routine is never taken for it: singular
-    vectors are unique only up to sign, and a trained z belongs to one decomposition. Without a
-    `directory` nothing is kept.
+    vectors are unique only up to sign, and a trained z belongs to one decomposition. A
+    damaged file is written again. Without a `directory` nothing is kept.
     """
 
     def decompose():
@@ -41,8 +42,8 @@ def cached_factors(
         return decompose()
     content = f"{checkpoint.sha256}/{name}/{max_full}/{jax.__version__}".encode()
     path = directory / f"svd-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-    if path.is_file():
-        stored = formats.read_safetensors(path)
+    stored = _read(path)
+    if stored:
         return svf.restore(checkpoint.params, select, lambda leaf: _parts(stored, leaf))
     factors = decompose()
     directory.mkdir(parents=True, exist_ok=True)
@@ -51,8 +52,29 @@ def cached_factors(
         for leaf_name, leaf in svf.named_factors(factors)
         for part in PARTS
     }
-    formats.write_safetensors(path, tensors)
+    formats.write_safetensors(path, {**tensors, DIGEST: _digest(tensors)})
     return factors
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    """The tensors of a file that is there and whole."""
+    if not path.is_file():
+        return None
+    try:
+        stored = formats.read_safetensors(path)
+    except ValueError:
+        return None
+    digest = stored.pop(DIGEST, None)
+    return stored if digest is not None and np.array_equal(digest, _digest(stored)) else None
+
+
+def _digest(tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """SHA-256 of names and values: safetensors has no checksum."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(tensors[name]).data)
+    return np.frombuffer(found.digest(), np.uint8)
 
 
 def _parts(stored: dict[str, np.ndarray], name: str) -> tuple[Any, ...]:

@@ -243,7 +243,7 @@ def to_torch(array: np.ndarray) -> Any:
     return torch.from_numpy(array)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force `path`, a file or a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -261,9 +261,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     staged = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         write(staged)
-        _sync(staged)
+        sync(staged)
         staged.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
@@ -294,8 +294,16 @@ def write_safetensors(
             save_file(plain, str(staged), metadata=tags)
         except SafetensorError as error:  # its name for an error of the operating system
             raise OSError(str(error)) from error
+        staged.chmod(0o666 & ~_umask())  # safetensors lets the owner alone read
 
     write_atomic(path, save)
+
+
+def _umask() -> int:
+    """What the user's new files leave out; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_torch(path: Path, value: Any) -> None:
@@ -330,11 +338,11 @@ def staged_directory(directory: Path) -> Iterator[Path]:
     try:
         yield staged
         for path in [*staged.rglob("*"), staged]:
-            _sync(path)
+            sync(path)
         if directory.exists():
             raise ValueError(f"{directory} already exists and is not overwritten.")
         staged.rename(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         if staged.exists():
             shutil.rmtree(staged)

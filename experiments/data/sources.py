@@ -31,6 +31,9 @@ GYM = {
 }
 """reasoning-gym's name and settings; bits is the task without planted frequencies"""
 
+TASKS = ("sums", "largest", "code", "vision", *GYM)
+"""those of `procedural`"""
+
 HUB = {
     "math": ("openai/gsm8k", "main"),
     "code": ("google-research-datasets/mbpp", None),
@@ -114,8 +117,7 @@ def procedural(domain: str, seed: int, image_token: str | None) -> Iterator[Item
     if domain == "vision":
         return digits(image_token)
     if domain not in GYM:
-        known = ", ".join(("sums", "largest", "code", "vision", *GYM))
-        raise ValueError(f"There is no task {domain!r}; there are {known}.")
+        raise ValueError(f"There is no task {domain!r}; there are {', '.join(TASKS)}.")
     return gym(domain, seed)
 
 
@@ -138,7 +140,12 @@ def hub(domain: str, directory: str | None, image_token: str | None) -> Iterator
         "reasoning": reasoning.from_arc,
         "vision": partial(vision.from_textvqa, image_token=image_token),
     }[domain]
-    for row in datasets.load_dataset(path, configuration, split="train[:1000]"):
+    try:
+        rows = datasets.load_dataset(path, configuration, split="train[:1000]")
+    except datasets.exceptions.DatasetsError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"The set of {domain} at {path} cannot be read: {reason}") from error
+    for row in rows:
         try:
             item = to_item(row)
         except KeyError as error:

@@ -104,6 +104,6 @@ def select(batch: Batch, indices: np.ndarray) -> Batch:
     return Batch(*(leaf[indices] for leaf in batch))
 
 
-def first(batch: Batch, count: int) -> Batch:
-    """The first `count` items of a batch."""
+def first(batch: Batch, count: int | None) -> Batch:
+    """The first `count` items of a batch, or all."""
     return Batch(*(leaf[:count] for leaf in batch))

@@ -8,10 +8,12 @@ import math
 import random
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.errors
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from forge_jax import arch
 from forge_jax.evolve.asha import Ladder, checked, continuation, hurdles, promotion
@@ -22,7 +24,10 @@ from forge_jax.evolve.tree import tree_of
 from forge_jax.search import non_dominated_rank
 
 # What a candidate may fail with; anything else is a mistake of this program.
-FAILURES = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+FAILURES = (
+    *(ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError),
+    flax.errors.FlaxError,
+)
 
 
 class Result(NamedTuple):
@@ -30,6 +35,8 @@ class Result(NamedTuple):
 
     score: float
     objectives: tuple[float, ...] = ()
+    metrics: dict[str, Any] | None = None
+    """what else the event shall say, strict JSON; no decision reads it"""
 
 
 Evaluate = Callable[[arch.Spec, int, int, int], Result]
@@ -46,12 +53,21 @@ class Settings(NamedTuple):
     """in all: no training starts that would go beyond"""
     trials: int = 1000
     population: int = 12
-    """the youngest trials that were trained may be parents"""
+    """so many trained trials live: the youngest, or the best where `aging` is false"""
+    aging: bool = True
+    parents: int = 0
+    """the best so many of the living may be parents; all where 0"""
+    novel_parents: int = 0
+    """and so many of the most novel among the others"""
     tournament: int = 4
     crossover: float = 0.2
     """share of the children with two parents"""
     novel: float = 0.1
     """share of the children whose parent is the most novel of the tournament"""
+    immigrants: float = 0.0
+    """share of the children that come of a seed"""
+    macro: float | None = None
+    """share of the mutations by several operators; None: any number is as likely"""
     mutations: int = 2
     """at most so many operators per child"""
     pareto: bool = False
@@ -123,6 +139,8 @@ def trained(trial: Trial, rung: int, done: int, total: int, evaluate: Evaluate) 
         result = evaluate(arch.from_dict(trial.document), trial.id, done, total)
     except FAILURES:
         error = traceback.format_exc()
+    if error is None and not math.isfinite(result.score):
+        error = f"The score is {result.score}."
     score, *objectives = (
         float(v) if math.isfinite(v) else None for v in (result.score, *result.objectives)
     )
@@ -133,6 +151,7 @@ def trained(trial: Trial, rung: int, done: int, total: int, evaluate: Evaluate) 
         "steps": total,
         "score": score,
         "objectives": objectives,
+        "metrics": result.metrics or {},
         "error": error,
     }
 
@@ -145,10 +164,7 @@ def born(
     if len(trials) < len(seeds):
         child = Child(arch.canonical(seeds[len(trials)]), "seed", ())
     else:
-        child, parents = bred(trials, settings, rng) or (
-            mutate(rng.choice(seeds), rng, steps=rng.randint(1, settings.mutations)),
-            (),
-        )
+        child, parents = bred(trials, settings, rng) or arrived(seeds, trials, settings, rng)
     return {
         "event": "create",
         "trial": len(trials),
@@ -160,15 +176,45 @@ def born(
     }
 
 
+def arrived(
+    seeds: Sequence[arch.Spec], trials: dict[int, Trial], settings: Settings, rng: random.Random
+) -> tuple[Child, tuple[int, ...]]:
+    """A child of a seed; the seeds are the first trials."""
+    parent, known = rng.randrange(len(seeds)), {t.fingerprint for t in trials.values()}
+    return mutate(seeds[parent], rng, steps=operators(settings, rng), known=known), (parent,)
+
+
+def operators(settings: Settings, rng: random.Random) -> int:
+    """How many operators make a child: one, or up to `mutations`."""
+    if settings.macro is None:
+        return rng.randint(1, settings.mutations)
+    several = settings.mutations > 1 and rng.random() < settings.macro
+    return rng.randint(2, settings.mutations) if several else 1
+
+
+def eligible(living: list[Trial], order: dict[int, tuple], settings: Settings) -> list[Trial]:
+    """Who may be a parent: the best, and the most novel of the others."""
+    if not settings.parents or settings.parents >= len(living):
+        return living
+    ranked = sorted(living, key=lambda t: order[t.id])
+    values = novelty_of([arch.from_dict(t.document) for t in ranked])
+    others = sorted(range(settings.parents, len(ranked)), key=lambda i: -values[i])
+    return ranked[: settings.parents] + [ranked[i] for i in others[: settings.novel_parents]]
+
+
 def bred(
     trials: dict[int, Trial], settings: Settings, rng: random.Random
 ) -> tuple[Child, tuple[int, ...]] | None:
-    """A child of the living; None while nobody has a score."""
-    living = [t for t in trials.values() if math.isfinite(t.score)][-settings.population :]
-    if not living:
+    """A child of the living; None while nobody has a score, or where a seed is to have it."""
+    trained = [t for t in trials.values() if math.isfinite(t.score)]
+    if not trained or (settings.immigrants and rng.random() < settings.immigrants):
         return None
+    if not settings.aging:
+        trained.sort(key=lambda t: (t.rung, -t.score, -t.id))
+    trained = trained[-settings.population :]
+    order = fitness(trained, settings.pareto)
+    living = eligible(trained, order, settings)
     known = {t.fingerprint for t in trials.values()}
-    order = fitness(living, settings.pareto)
     one = chosen(living, order, settings, rng)
     if len(living) > 1 and rng.random() < settings.crossover:
         two = chosen([t for t in living if t.id != one.id], order, settings, rng)
@@ -176,8 +222,8 @@ def bred(
         child = crossover(*pair, rng, known=known)
         if child is not None:
             return child, (one.id, two.id)
-    steps = rng.randint(1, settings.mutations)
-    return mutate(arch.from_dict(one.document), rng, steps=steps, known=known), (one.id,)
+    parent = arch.from_dict(one.document)
+    return mutate(parent, rng, steps=operators(settings, rng), known=known), (one.id,)
 
 
 def chosen(
@@ -195,11 +241,15 @@ def fitness(living: Sequence[Trial], pareto: bool) -> dict[int, tuple]:
     """What a tournament compares: the rank among the living, where asked for, then the score."""
     if not pareto:
         return {t.id: (t.score, t.id) for t in living}
-    rows = np.array([(t.score, *t.reports[-1].objectives) for t in living], np.float32)
-    # of 64 rows, or a multiple: the ranks are then compiled once
-    padded = np.pad(rows, ((0, -len(rows) % 64), (0, 0)), constant_values=np.inf)
-    ranks = np.asarray(non_dominated_rank(jnp.asarray(padded)))[: len(rows)]
+    ranks = pareto_ranks(np.array([(t.score, *t.reports[-1].objectives) for t in living]))
     return {t.id: (int(r), t.score, t.id) for t, r in zip(living, ranks, strict=True)}
+
+
+def pareto_ranks(rows: Float[np.ndarray, "rows objectives"]) -> Int[np.ndarray, " rows"]:
+    """0 for the rows that no other dominates, and so on; all objectives are minimised."""
+    # of 64 rows, or a multiple: the ranks are then compiled once
+    padded = np.pad(np.float32(rows), ((0, -len(rows) % 64), (0, 0)), constant_values=np.inf)
+    return np.asarray(non_dominated_rank(jnp.asarray(padded)))[: len(rows)]
 
 
 def best(events: Sequence[Event]) -> Trial | None:

@@ -14,5 +14,6 @@ from forge_jax.models.score import Judged as Judged
 from forge_jax.models.score import LogLikelihood as LogLikelihood
 from forge_jax.models.score import Questions as Questions
 from forge_jax.models.score import Respond as Respond
+from forge_jax.models.score import is_right as is_right
 from forge_jax.models.spec import DecoderSpec as DecoderSpec
 from forge_jax.models.spec import RopeScaling as RopeScaling

@@ -56,8 +56,16 @@ class Judge:
     def __call__(self, apply: Apply, batch: Questions) -> Judged:
         prompts, answers = (batch.tokens, batch.mask), (batch.answers, batch.answer_mask)
         logits = response_logits(apply, self.spec, *prompts, *answers, images=batch.images)
-        right = (logits.argmax(axis=-1) == batch.answers) | ~batch.answer_mask
-        return Judged(right.all(axis=-1), _answer_logp(logits, batch))
+        return Judged(is_right(logits, batch), _answer_logp(logits, batch))
+
+
+def is_right(logits: Float[Array, "batch answer_time vocab"], batch: Any) -> Bool[Array, " batch"]:
+    """Whether every token of an answer has the largest logit at its place.
+
+    `batch` has `answers` and `answer_mask`, as `Questions` has; a token that is not in an answer
+    counts for nothing.
+    """
+    return ((logits.argmax(axis=-1) == batch.answers) | ~batch.answer_mask).all(axis=-1)
 
 
 def _answer_logp(logits, batch: Questions) -> Float[Array, " batch"]:

@@ -58,15 +58,9 @@ def counts(
     rank_fraction,
     tokens: int,
     *,
-    dense_shapes: Shapes = (),
-    steps: int = 1,
     itemsize: int = 4,
 ) -> Counts:
-    """Count the work of `steps` forward passes of `tokens` rows each.
-
-    `dense_shapes` are matrices that never run factored (the output head). Generating T tokens
-    after a prompt of P is `counts(..., P)` plus `counts(..., 1, steps=T)`.
-    """
+    """Count the work of a forward pass of `tokens` rows."""
     xp = _namespace(rank_fraction)
     flops, moved = xp.zeros_like(rank_fraction, float), xp.zeros_like(rank_fraction, float)
     for rows, columns in matrix_shapes:
@@ -77,10 +71,7 @@ def counts(
         flops = flops + tokens * (2 * elements - xp.where(factored, rank, 0))
         between = xp.where(factored, 2 * rank, 0)
         moved = moved + elements + tokens * (rows + columns + between)
-    for rows, columns in dense_shapes:
-        flops = flops + 2.0 * tokens * rows * columns
-        moved = moved + 1.0 * rows * columns + tokens * (rows + columns)
-    return Counts(steps * flops, steps * itemsize * moved)
+    return Counts(flops, itemsize * moved)
 
 
 def calibrate(runs: ArrayLike, seconds: ArrayLike) -> LatencyModel:
@@ -109,12 +100,6 @@ def predict(model: LatencyModel, work: Counts):
     return model.overhead + model.per_flop * work.flops + model.per_byte * work.bytes
 
 
-def roofline(work: Counts, *, flops_per_second: float, bytes_per_second: float):
-    """Return the least seconds a device could need: an estimate for hardware that is not here."""
-    xp = _namespace(work.flops)
-    return xp.maximum(work.flops / flops_per_second, work.bytes / bytes_per_second)
-
-
 def exceeds_noise(slower: ArrayLike, faster: ArrayLike) -> bool:
     """Tell whether repeated timings of two settings differ by more than they scatter.
 
@@ -131,16 +116,14 @@ def memory(
     rank_fraction,
     temporaries: float,
     *,
-    other_elements: int = 0,
     itemsize: int = 4,
 ):
     """Return the bytes a run holds: deployed parameters plus measured `temporaries` (bytes).
 
-    `other_elements` are parameters outside `matrix_shapes` (embeddings, norms, the head).
     `temporaries` is `compiled.memory_analysis().temp_size_in_bytes`, or a measured peak less the
     parameters of that run.
     """
-    elements = 1.0 * other_elements
+    elements = 0.0
     for rows, columns in matrix_shapes:
         elements = elements + stored_elements(rows, columns, rank_fraction)
     return itemsize * elements + temporaries

@@ -5,6 +5,7 @@ compiled search; the hypervolume is NumPy on the host: it is read once a generat
 compiled chunks, and float64 keeps it exact where float32 sums of tiny boxes would not.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -29,36 +30,46 @@ def non_dominated_rank(fitness: Float[Array, "population objectives"]) -> Int[Ar
         raise ValueError(f"`fitness` must be (population, objectives), got {fitness.shape}.")
     rows = fitness.shape[0]
     finite = jnp.isfinite(fitness).all(axis=1, keepdims=True)
-    # Infinite rows are dominated by every finite one and dominate none: last rank, sorted last.
     values = jnp.where(finite, fitness, jnp.inf)
     order = jnp.lexsort(tuple(values.T[::-1]))
+    values = values[order]
+    is_new = jnp.any(values[1:] != values[:-1], axis=1)
+    # One row of each set of equal ones is ranked. Of two different rows the earlier is no larger in
+    # the first objective, so it dominates where it is no larger in any other.
+    ranked = jnp.concatenate([jnp.ones(1, bool), is_new]) & finite[order, 0]
     size = min(_BLOCK, rows)
-    padded = jnp.pad(values[order], ((0, -rows % size), (0, 0)), constant_values=jnp.inf)
-    ranks = _longest_chain(padded.reshape(-1, size, fitness.shape[1])).reshape(-1)[:rows]
+    padding = (0, -rows % size)
+    others = jnp.pad(values[:, 1:], (padding, (0, 0)), constant_values=jnp.inf)
+    blocks = others.reshape(-1, size, fitness.shape[1] - 1)
+    ranks = _longest_chain(blocks, jnp.pad(ranked, padding).reshape(-1, size)).reshape(-1)[:rows]
+    equal = jax.lax.cummax(jnp.where(ranked, jnp.arange(rows), 0))
+    ranks = jnp.where(finite[order, 0], ranks[equal], ranks.max() + 1)
     return jnp.zeros(rows, jnp.int32).at[order].set(ranks)
 
 
-def _longest_chain(blocks: Float[Array, "blocks size objectives"]) -> Int[Array, "blocks size"]:
-    """Return for each row the length of the longest chain of rows that dominate it."""
-    ranks = jnp.zeros(blocks.shape[:2], jnp.int32)
-    return jax.lax.fori_loop(0, len(blocks), _rank_block, (blocks, ranks))[1]
+def _longest_chain(
+    blocks: Float[Array, "blocks size others"], ranked: Bool[Array, "blocks size"]
+) -> Int[Array, "blocks size"]:
+    """Return for each ranked row the length of the longest chain that dominates it, else -1."""
+    ranks = jnp.full(ranked.shape, -1, jnp.int32)
+    return jax.lax.fori_loop(0, len(blocks), _rank_block, (blocks, ranked, ranks))[2]
 
 
 # The loop bodies below close over nothing: called outside jit, JAX then compiles them once.
 def _rank_block(index, carry):
     """Rank one block: below the blocks before it, then among its own rows until none moves."""
-    blocks, ranks = carry
-    block, depth = blocks[index], jnp.zeros(ranks.shape[1], jnp.int32)
+    blocks, ranked, ranks = carry
+    block, mine, depth = blocks[index], ranked[index], jnp.zeros(ranks.shape[1], jnp.int32)
     *_, depth = jax.lax.fori_loop(0, index, _below_block, (blocks, ranks, block, depth))
-    settled = (_dominates(block, block), depth, jnp.bool_(True))
-    _, depth, _ = jax.lax.while_loop(_moved, _settle, settled)
-    return blocks, ranks.at[index].set(depth)
+    inside = _all_below(block, block) & jnp.triu(mine[:, None] & mine, k=1)
+    _, depth, _ = jax.lax.while_loop(_moved, _settle, (inside, depth, jnp.bool_(True)))
+    return blocks, ranked, ranks.at[index].set(jnp.where(mine, depth, -1))
 
 
 def _below_block(index, carry):
     """Deepen the rows of a block by what dominates them in an earlier block."""
     blocks, ranks, block, depth = carry
-    deeper = jnp.maximum(depth, _depth(_dominates(blocks[index], block), ranks[index]))
+    deeper = jnp.maximum(depth, _depth(_all_below(blocks[index], block), ranks[index]))
     return blocks, ranks, block, deeper
 
 
@@ -74,13 +85,13 @@ def _moved(carry):
     return carry[2]
 
 
-def _dominates(
-    a: Float[Array, "rows objectives"], b: Float[Array, "columns objectives"]
+def _all_below(
+    a: Float[Array, "rows others"], b: Float[Array, "columns others"]
 ) -> Bool[Array, "rows columns"]:
-    """Tell which rows of `a` dominate which rows of `b`."""
-    below = [x[:, None] <= y for x, y in zip(a.T, b.T, strict=True)]
-    strictly = [x[:, None] < y for x, y in zip(a.T, b.T, strict=True)]
-    return jnp.stack(below).all(axis=0) & jnp.stack(strictly).any(axis=0)
+    """Tell which rows of `a` exceed which rows of `b` in no objective."""
+    start = jnp.ones((len(a), len(b)), bool)
+    pairs = zip(a.T, b.T, strict=True)
+    return functools.reduce(lambda below, xy: below & (xy[0][:, None] <= xy[1]), pairs, start)
 
 
 def _depth(

@@ -1,11 +1,18 @@
 """The commands on architecture documents."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from experiments import evolve
+from experiments import run as runs
+from experiments.evolution.candidates import Limits
+from experiments.evolution.settings import rungs, settings_of
+from experiments.evolution.shown import cells, latest, table
+from forge_jax import arch
 
 ARCHS = sorted((Path(evolve.__file__).parent / "archs").glob("*.yaml"))
 
@@ -33,3 +40,119 @@ def test_the_schema_is_written(tmp_path):
     assert evolve.main(evolve.Schema(tmp_path / "s.json")) == 0
     schema = json.loads((tmp_path / "s.json").read_text())
     assert schema["additionalProperties"] is False
+
+
+DOCUMENT = """
+arch:
+  d_model: 8
+  n_layers: 1
+  mix_unit:
+    kind: single
+    mixer: {kind: Attention, heads: 1, stencil: {kind: local, window: WINDOW}}
+  ffn: {kind: dense, mult: 2, act: relu}
+  norm: RMSNorm
+  pos: {kind: learned}
+train: {ctx_len: 32, lr: 0.03}
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two windows of one network, and a wide one that the limit refuses."""
+    for name, text in {
+        "a": DOCUMENT.replace("WINDOW", "3"),
+        "b": DOCUMENT.replace("WINDOW", "5"),
+        "c": DOCUMENT.replace("WINDOW", "3").replace("d_model: 8", "d_model: 64"),
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return evolve.Sweep(
+        (tmp_path,),
+        out=tmp_path / "run",
+        **{"seq_len": 8, "batch_size": 2, "held_out": 2, "task": "sums"},
+        **{"asha_min": 10, "asha_max": 20, "asha_reduction": 2, "pdh_stages": 0},
+        **{"deep_steps": 10, "deep_seeds": 2, "limits": Limits(max_params=1000), "cache": None},
+    )
+
+
+def test_a_sweep_writes_what_it_promises(sweep, capsys):
+    """Two structures at most are compiled: the windows share one, what is refused has none."""
+    out = sweep.out
+    assert evolve.main(dataclasses.replace(sweep, plan=True)) == 0
+    planned = capsys.readouterr().out
+    assert "c: refused. Over budget: max_params" in planned
+    assert "rung 1 (halving): 20 steps, 1 trials" in planned
+    assert not out.exists()
+    assert evolve.main(sweep) == 0
+    shown = capsys.readouterr().out
+    assert "sums: nats per scored token, held out; floor 0, " in shown
+    built = runs.read_json(out / "search_report.json")
+    json.loads((out / "search_report.json").read_text(), parse_constant=pytest.fail)
+    assert built["cache"]["misses"] == 1
+    assert built["cache"]["hits"] == 4
+    a, b, c = built["candidates"]
+    assert "Over budget" in c["stages"][0]["error"]
+    assert sorted(x["best_steps"] for x in (a, b)) == [10, 20]
+    assert a["metrics"]["kv_bytes_per_token"] == 64
+    assert 0 <= a["metrics"]["ece"] <= 1
+    best = max((a, b), key=lambda x: x["best_steps"])
+    assert best["metrics"]["score"] == best["stages"][-1]["score"]
+    assert len(built["deep_evaluations"]) == 2
+    assert built["deep_evaluations"][0]["seeds"] == [500, 501]
+    for i, name in enumerate("abc"):
+        spec = arch.parse((out / f"gen_0/variant_{i}.yaml").read_text())
+        assert arch.fingerprint(spec) == runs.read_json(out / "config.json")["documents"][name]
+    again(out, sweep, capsys)
+
+
+def again(out, sweep, capsys):
+    """Report, lineage and a second run in the same place."""
+    names = ("search_report.json", "lineage.json", "lineage.mmd", "lineage.png")
+    before = {name: (out / name).read_bytes() for name in names}
+    for name in names:
+        (out / name).unlink() if name != "search_report.json" else None
+    assert evolve.main(evolve.Report(out)) == 0
+    assert evolve.main(evolve.Lineage(out)) == 0
+    assert {name: (out / name).read_bytes() for name in names} == before
+    assert evolve.main(evolve.Lineage(out, direction="LR")) == 0
+    assert (out / "lineage.mmd").read_text().startswith("graph LR\n")
+    refused = [
+        (sweep, "already exists"),
+        (dataclasses.replace(sweep, resume=True, seed=1), r"other settings: seed \(was 0, now 1\)"),
+        (dataclasses.replace(sweep, files=()), "There is no document"),
+        (dataclasses.replace(sweep, lr=-1.0, repeats=0), "`repeats` must be at least 1, `lr` must"),
+        (evolve.Report(out.parent), "is no run directory"),
+    ]
+    capsys.readouterr()
+    for args, sentence in refused:
+        with pytest.raises(SystemExit):
+            evolve.main(args)
+        assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_flags_mean_a_search():
+    args = evolve.Evolve((Path("x"),), asha_min=20, asha_max=100, population=5, immigrants=1)
+    found = settings_of(args, 2)
+    assert [found.ladder.steps(r) for r in range(5)] == [20, 40, 80, 140, 200]
+    assert (found.trials, found.immigrants, found.macro) == (10, 0.2, 0.35)
+    assert (found.parents, found.novel_parents, found.aging) == (3, 2, True)
+    plain = settings_of(evolve.Train((Path("x"),), steps=7), 3)
+    assert (plain.trials, plain.ladder.rungs, plain.ladder.steps(0)) == (3, 1, 7)
+    assert rungs(10, 60, 3) == 2
+
+
+def test_the_table_shows_the_best_first():
+    created = {"event": "create", "operator": "width", "parents": [0]}
+    told = {"score_se": None, "params": 5, "flops_per_token": 2e6, "tokens_per_sec": None}
+    events = [
+        *({**created, "trial": i} for i in range(4)),
+        *(
+            {"event": "report", "trial": i, "rung": 0, "steps": 9, "score": s, "error": e}
+            | {"metrics": {} if e else told | {"compile_s": 1.5}}
+            for i, s, e in ((0, 2.5, None), (1, 1.25, None), (2, None, "Trace\nValueError: bad"))
+        ),
+    ]
+    rows = [cells(i, row) for i, row in latest(events).items()]
+    assert rows[1] == ["1", "0", "width", "9", "1.25", "5", "2", "–", "1.5"]
+    assert rows[2][-1] == "failed: ValueError: bad"
+    assert rows[3][-1] == "in training"
+    assert list(table(events, "t").columns[0].cells) == ["3", "1", "0", "2"]

@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import experts, mixture, phase7
 from experiments import run as runs
-from experiments.forms import SVF
+from experiments.forms import SVF, z_of
 from experiments.problem import score_all
-from forge_jax import optim, svf
+from experiments.scoring import Mixtures
+from forge_jax import optim
 from interop import load_phase6, load_phase8
 
 DATA: dict[str, Any] = {"train_items": 16, "validation_items": 8, "test_items": 8}
@@ -99,6 +100,7 @@ def test_a_hub_set_trains_on_free_text(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "gsm8k" / "train.jsonl").write_text(text)
     settings = experts.Settings(**TRAINING, algorithm="ppo", kl_target=0.1)
     given = {"checkpoint": checkpoint, "source": "hub", "data": str(tmp_path), "free_tokens": 12}
+    given |= {"mixing": mixture.Settings(**MIXING)}
     args = phase7.Args(domains=("math",), unplanted=(), training=settings, **given)
     problem = phase7.load(args)
     assert problem.new_tokens == 12
@@ -110,12 +112,9 @@ def test_a_hub_set_trains_on_free_text(checkpoint, tmp_path, monkeypatch):
     after, metrics = step(problem.weights, state, problem.tasks, 0, 0)
     assert -1 <= metrics["reward"][0] <= 1
     assert all(np.isfinite(d).all() for d in jax.tree.leaves(after.delta))
-    score = score_all(problem, base_scales(problem), problem.tasks, "test")[0]
+    base = Mixtures(z_of(state.delta), np.zeros((1, 1)))
+    score = score_all(problem, base, problem.tasks, "test")[0]
     assert score.correct.shape == (1, counts[2])
-
-
-def base_scales(problem):
-    return {k: leaf.s[None] for k, leaf in svf.named_factors(problem.weights["factors"])}
 
 
 def refused(args, capsys, lines: int | None = 1) -> str:
@@ -229,6 +228,12 @@ def test_seeds_must_be_numbers(checkpoint, tmp_path, capsys):
 
 def test_seeds_must_differ(checkpoint, tmp_path, capsys):
     assert "differ" in refused(args_for(tmp_path, checkpoint=checkpoint, seeds="1,1"), capsys)
+
+
+def test_unknown_domains_are_refused_before_anything_is_loaded(tmp_path, capsys):
+    said = refused(args_for(tmp_path, checkpoint=tmp_path / "none.json", domains=("art",)), capsys)
+    assert "art" in said
+    assert "math" in said
 
 
 def test_a_domain_comes_once(checkpoint, tmp_path, capsys):

@@ -13,6 +13,7 @@ pytest.importorskip("pymoo")
 
 from experiments.bench import all as every  # noqa: E402
 from experiments.bench import (  # noqa: E402
+    candidates,
     decoders,
     decompose,
     four_experts,
@@ -32,6 +33,7 @@ RATES = {"product": 1e9, "copy": 1e9}
 EASY, HARD = 1e-9, 1e9  # floors that are met, and missed, on any machine
 SCORED = population.Shape(16, 1, 3, experts=2, tokens=5, vocab=23)
 STEP = rl_step.Shape(16, 1, rows=2, time=5, vocab=23)
+TINY = candidates.Shape(2, 9, 2, {"d_model": 24, "n_layers": 1})
 MAKERS = {
     "scored": lambda: population.make(SCORED, {race.PUBLIC: EASY, race.TORCH: HARD}, "float32"),
     "generated": lambda: population.make(
@@ -41,6 +43,8 @@ MAKERS = {
     ),
     "rl_step": lambda: rl_step.make(STEP, {race.PUBLIC: EASY}, "float32"),
     "experts": lambda: four_experts.make(rl_step.Shape(16, 1, 2, 5, 23, experts=2), "float32"),
+    "train_gpt": lambda: candidates.make(TINY, EASY, retained=False),
+    "train_retention": lambda: candidates.make(TINY, HARD, retained=True),
     "rows": lambda: rows.make(rows.Shape(12, 20, 4, 2), {race.PUBLIC: EASY}, "bfloat16"),
     "llama": lambda: generation.make(
         generation.Shape("llama", 16, 1, 23, 2, 4, 3), {generation.PEER: EASY}, "float32"
@@ -163,6 +167,17 @@ def test_other_tokens_end_the_race(name, monkeypatch):
 
     monkeypatch.setattr(population if name == "generated" else generation, "continued", altered)
     with pytest.raises(ValueError, match="computed something else"):
+        race.check(made(name))
+
+
+@pytest.mark.parametrize("name", ["train_gpt", "train_retention"])
+def test_another_training_ends_the_race(name, monkeypatch):
+    """Positions that turn the other way; a gate that is left out."""
+    measured(name)
+    turned = candidates.turned
+    monkeypatch.setattr(candidates, "turned", lambda x, theta: turned(x.flip(2), theta).flip(2))
+    monkeypatch.setattr(candidates.F, "silu", torch.ones_like)
+    with pytest.raises(ValueError, match="computed something else than forge_jax"):
         race.check(made(name))
 
 

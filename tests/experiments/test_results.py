@@ -1,14 +1,22 @@
 """The choice of the mixture, the paired gain, the summary, the cost model's prediction."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from experiments import results
+from experiments.data.batches import Batch
+from experiments.data.tasks import Task
 from experiments.experts import Settings
 from experiments.measure import cost_model
+from experiments.mixture import Found
 from experiments.mixture import Settings as Mixing
+from experiments.scoring import Score
 from forge_jax import search, svf
+from forge_jax.domains import exact
 
 DOMAINS = ("math", "code")
 
@@ -79,6 +87,35 @@ def test_the_best_keeps_the_limit_and_is_never_without_a_number():
         results.best_of(accuracy, np.full(4, np.nan), 1.0)
 
 
+def test_what_is_chosen_is_the_best_at_full_rank_and_then_the_least_rank():
+    """An accuracy that is known for every mixture and rank: alpha = (1, 0.5), rank 0.6 at least."""
+
+    def scorer(weights, candidates, batch, task, wanted):
+        off = np.abs(candidates.alphas["a"] - [1.0, 0.5]).sum(axis=1)
+        right = 0.9 - 0.1 * off - 0.5 * np.maximum(0.6 - candidates.ranks, 0)
+        right = np.where(np.isnan(off), 1.0, right)
+        kl = np.where(candidates.alphas["a"][:, 0] > 1.5, 2.0, 0.1 * off)
+        return Score(right[:, None], kl)
+
+    task = Task("t", {"validation": []}, {"validation": Batch(*[np.zeros(1)] * 5)}, exact)
+    wide = {"a": np.ones((4, 400), np.float32)}
+    weights = {"factors": svf.decompose(wide, lambda path, leaf: True)[0]}
+    problem: Any = SimpleNamespace(scorer=scorer, weights=weights, tasks=[task])
+    alpha = np.array([[[0.2, 0.2]], [[1.0, 0.5]], [[1.1, 0.5]], [[1.9, 0.5]]], np.float32)
+    genomes = {"alpha": alpha, "rank": np.array([1.0, 0.2, 1.0, 1.0])}
+    found = Found(genomes, np.zeros((4, 4)), np.zeros(4), np.zeros(4), [])
+    limits = {"kl_limit": 1.0, "lowest_rank": 0.1, "twin_loss": 0.01}
+    chosen = results.choose(found, problem, {}, {"a": 0}, **limits)
+    np.testing.assert_allclose(chosen.alpha, [[1.0, 0.5]])
+    # of the ranks tried, one for each of 4 + 5 candidates, the last that costs at most 0.01
+    ranks = np.linspace(1, 0.1, 9)
+    assert chosen.twin_rank == pytest.approx(ranks[ranks >= 0.58].min())
+    # a square matrix of half the rank is no smaller: no twin
+    square = {"a": np.ones((4, 4), np.float32)}
+    weights["factors"] = svf.decompose(square, lambda path, leaf: True)[0]
+    assert results.choose(found, problem, {}, {"a": 0}, **limits).twin_rank == 1
+
+
 @pytest.mark.parametrize(
     ("accuracy", "want"),
     [
@@ -121,6 +158,7 @@ def test_memory_falls_only_where_a_matrix_runs_factored():
         (Mixing, {"lowest_rank": 0.0}, "lowest_rank"),
         (Mixing, {"calibration_ranks": (1.0,)}, "calibration_ranks"),
         (Mixing, {"alpha_upper": -1.0}, "alpha_upper"),
+        (Mixing, {"population": 1}, "population"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, wrong, named):
@@ -129,5 +167,10 @@ def test_settings_out_of_range_are_refused(settings, wrong, named):
 
 
 def test_limits_are_the_guides():
-    metrics = {"accuracy": 0.9, "latency_ms": 50, "vram_gb": 1, "throughput_tps": 60, "kl": 0.5}
-    assert not any(search.violations(metrics, search.Limits()).values())
+    """100 ms, 2 GB, 50 tokens/s, 85 %, 1 nat: just outside each is a violation of it alone."""
+    inside = {"accuracy": 0.86, "latency_ms": 99, "vram_gb": 1.9, "throughput_tps": 51, "kl": 0.9}
+    outside = {"accuracy": 0.84, "latency_ms": 101, "vram_gb": 2.1, "throughput_tps": 49, "kl": 1.1}
+    assert not any(search.violations(inside, search.Limits()).values())
+    for name, value in outside.items():
+        missed = search.violations({**inside, name: value}, search.Limits())
+        assert [k for k, v in missed.items() if v > 0] == [name]

@@ -241,7 +241,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop, clean_errors():
         write_json(path, {"a": 2})
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: No space left on device\n"
+    said = capsys.readouterr().err
+    assert (
+        said == f"error: {path} was not written and is as it was before: No space left on device\n"
+    )
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 

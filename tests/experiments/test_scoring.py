@@ -29,11 +29,11 @@ def problem():
     # far from the base, so that some of the answers are right and some are not
     z = svf.identity(weights["factors"])
     keys = jax.random.split(jax.random.key(3), len(z))
-    s = {
-        path: (1 + 0.3 * jax.random.normal(key, (2, *z[path].shape))) * leaf.s
-        for key, (path, leaf) in zip(keys, svf.named_factors(weights["factors"]), strict=True)
+    experts = {
+        path: 1 + 0.3 * jax.random.normal(key, (2, *ones.shape))
+        for key, (path, ones) in zip(keys, z.items(), strict=True)
     }
-    return model, weights, tasks, s
+    return model, weights, tasks, experts
 
 
 def written(model, weights, s, batch, length):
@@ -45,9 +45,9 @@ def written(model, weights, s, batch, length):
 
 def test_one_pass_equals_greedy_decoding(problem):
     """The model's own greedy text is what it scores as right, and any other text is not."""
-    model, weights, tasks, s = problem
+    model, weights, tasks, z = problem
     task, length = tasks[1], tasks[1].batches["test"].answers.shape[1]
-    one = {path: v[:1] for path, v in s.items()}
+    one = svf.scales(weights["factors"], {path: v[:1] for path, v in z.items()})
     batch = task.batches["test"]
     own = written(model, weights, one, batch, length)
     tokens, mask = np.array(own.tokens), np.array(own.mask)
@@ -55,7 +55,7 @@ def test_one_pass_equals_greedy_decoding(problem):
     changed[::2, 0] = (changed[::2, 0] + 1) % model.decoder.spec.vocab_size
     asked = batch._replace(answers=changed, answer_mask=mask)
     scorer = scoring.make_scorer(model, chunk=2, max_new_tokens=length)
-    score = scorer(weights, s, asked, task, [])
+    score = scorer(weights, scoring.Mixtures(z, np.eye(2)), asked, task, [])
     assert score.correct.shape == (2, 12)
     np.testing.assert_array_equal(score.correct[0], np.arange(12) % 2 == 1)
     np.testing.assert_array_equal(scoring.exact_rewards(tokens, asked) > 0, score.correct[0])

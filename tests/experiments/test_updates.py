@@ -109,12 +109,14 @@ def test_grpo_clips_and_holds_its_kl(case):
     np.testing.assert_allclose(case.run(**PPO)[0].kl_coefficient, 0.2)
 
 
-def test_grpo_of_one_token_is_reinforce_with_group_advantages():
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_grpo_of_one_token_is_reinforce_with_group_advantages(temperature):
     """One epoch, one minibatch, ratio 1: the same gradient, since a token is a response."""
     short = Case(1)
     advantage = rl.group_advantage(short.reward)
-    wanted, _ = short.run(algorithm="reinforce", baseline="none", reward=advantage)
-    got, metrics = short.run(algorithm="grpo", epochs=1, minibatches=1)
+    plain = {"algorithm": "reinforce", "baseline": "none", "temperature": temperature}
+    wanted, _ = short.run(**plain, reward=advantage)
+    got, metrics = short.run(algorithm="grpo", epochs=1, minibatches=1, temperature=temperature)
     np.testing.assert_allclose(flat(got.delta), flat(wanted.delta), atol=2e-6)
     assert np.abs(flat(wanted.delta)).max() > 1e-3
     np.testing.assert_array_equal(metrics["clip_fraction"], 0)

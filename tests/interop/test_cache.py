@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from forge_jax import svf
 from interop import cache
@@ -54,3 +55,22 @@ def test_other_weights_selections_and_sizes_are_other_files(tmp_path):
             checkpoint_of(seed).params, everything, max_full=max_full, key=jax.random.key(0)
         )[0]
         jax.tree.map(np.testing.assert_array_equal, kept, direct)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "other"])
+def test_a_damaged_file_is_made_again(tmp_path, damage):
+    def get():
+        return cache.cached_factors(checkpoint_of(0), everything, "all", tmp_path)
+
+    made = get()
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[-5] ^= 16
+    path.write_bytes(bytes(content[:-40] if damage == "cut" else content))
+    if damage == "other":
+        save_file({"x": np.zeros(3, np.float32)}, path)
+    jax.tree.map(np.testing.assert_array_equal, made, get())
+    whole = path.read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, made, get())
+    assert path.read_bytes() == whole

@@ -195,3 +195,15 @@ def test_staged_directory_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(target) == ["a"]
     with pytest.raises(ValueError, match="already exists"), formats.staged_directory(target):
         pass
+
+
+def test_every_file_can_be_read_by_whom_the_umask_says(tmp_path):
+    """safetensors itself makes files that only their owner can read."""
+    before = os.umask(0o022)
+    try:
+        formats.write_safetensors(tmp_path / "a.safetensors", {"x": np.zeros(2, np.float32)})
+        formats.write_json(tmp_path / "a.json", {})
+        formats.write_torch(tmp_path / "a.pt", {})
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}

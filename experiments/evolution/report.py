@@ -1,0 +1,204 @@
+"""The report of a run, from its events: strict JSON, its keys those of the public toolkit.
+
+A score is in nats per unit of the task on held-out batches. Of what is compared by training, only
+`deep_evaluations` (fresh seeds, all from scratch) may say that one network beats another.
+"""
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import stats
+
+from experiments.evolution import shown
+from experiments.evolution.search import of_search, variant
+from forge_jax import arch, evolve
+from forge_jax.arch import sizes
+from forge_jax.evolve.loop import pareto_ranks
+
+TIMINGS = ("tokens_per_sec", "tokens_per_cpu_sec", "compile_s", "seconds", "cpu_seconds")
+TIMINGS += ("cache", "peak_rss_gb")
+"""keys that differ from run to run"""
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def architecture(document: dict[str, Any]) -> dict[str, Any]:
+    """What kind of network it is, in the toolkit's words."""
+    spec = arch.from_dict(document)
+    kinds = [m.kind for m in sizes.mixers(spec.arch.mix_unit)]
+    return {
+        "mixer_counts": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "has_router": spec.arch.mix_unit.kind == "route",
+        "has_latent": False,
+        "pipeline_stages": 0,
+        "recurrence": document["arch"].get("recurrence"),
+        "module_recurrence": {},
+    }
+
+
+def history(events: Sequence[evolve.Event], ladder: evolve.Ladder, population: int) -> list[dict]:
+    """The rungs of halving, in their order."""
+    out = []
+    for e in events:
+        if e["event"] == "report" and e["rung"] < ladder.rungs:
+            found = e["metrics"]
+            kept = ("loss_start", "loss_final", "qpc")
+            row = {"cfg_path": f"{variant(e['trial'], population)}.yaml", "steps": e["steps"]}
+            row |= {"score": e["score"], "tokens": found.get("total_tokens")}
+            row |= {name: found.get(name) for name in kept}
+            out.append(row | {"metrics": found, "error": e["error"]})
+    return out
+
+
+def candidate(
+    trial: evolve.Trial, events: Sequence[evolve.Event], ladder: evolve.Ladder, population: int
+) -> dict[str, Any]:
+    """A trial with its rungs; stage 0 ends halving, higher ones are behind hurdles."""
+    mine = [e for e in events if e["event"] == "report" and e["trial"] == trial.id]
+    stages = [
+        {
+            "stage": e["rung"] - ladder.rungs + 1,
+            "steps": e["steps"],
+            "score": e["score"],
+            "tokens": e["metrics"].get("total_tokens"),
+            "flops": e["metrics"].get("total_flops"),
+            "error": e["error"],
+        }
+        for e in mine
+    ]
+    last = mine[-1] if mine else {"score": None, "steps": 0, "metrics": {}}
+    names = ("qpc", "tokens_per_sec", "total_tokens", "total_flops")
+    scores = [s["score"] for s in stages if s["score"] is not None]
+    return {
+        "candidate_index": trial.id,
+        "cfg_path": f"{variant(trial.id, population)}.yaml",
+        "hash": trial.fingerprint,
+        "stages": stages,
+        "best_score": min(scores, default=None),
+        "best_steps": last["steps"],
+        **{name: last["metrics"].get(name) for name in names},
+        "metrics": last["metrics"],
+        "architecture": architecture(trial.document),
+    }
+
+
+def front(trials: dict[int, evolve.Trial], ladder: evolve.Ladder) -> list[int]:
+    """Trials that nobody beats in score, FLOPs, parameters and KV bytes at once.
+
+    Among those that came furthest together, to the end of halving.
+    """
+    last = ladder.rungs - 1
+    rows = {
+        t.id: (r.score, *r.objectives)
+        for t in trials.values()
+        for r in t.reports
+        if r.rung == last and r.score < float("inf")
+    }
+    if not rows:
+        return []
+    ranks = pareto_ranks(np.array(list(rows.values())))
+    return [trial for trial, rank in zip(rows, ranks, strict=True) if rank == 0]
+
+
+def against(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Paired comparison over seeds: same batches, same initial keys; negative is better."""
+    gap = np.subtract(ours, theirs)
+    out: dict[str, Any] = {"difference": float(gap.mean()), "p": None, "verdict": "one seed"}
+    if len(gap) < 2:
+        return out
+    out["p"] = float(stats.ttest_rel(ours, theirs).pvalue) if gap.std() else float(gap.any() == 0)
+    certain = out["p"] < 0.05
+    out["verdict"] = ("better" if gap.mean() < 0 else "worse") if certain else "within seed noise"
+    return out
+
+
+def deep(events: Sequence[evolve.Event], population: int, config: dict[str, Any]) -> list[dict]:
+    """What fresh seeds say of the best, each against the baseline."""
+    rows = [e for e in events if e["event"] == "deep"]
+    base = next((e["metrics"].get("score_by_seed") for e in rows if e["trial"] == 0), None)
+    out = []
+    for e in rows:
+        mine = e["metrics"].get("score_by_seed")
+        compared = against(mine, base) if mine and base and e["trial"] else None
+        out.append(
+            {
+                "candidate_index": e["trial"],
+                "rank": e["rank"],
+                "cfg_path": f"{variant(e['trial'], population)}.yaml",
+                "steps": e["steps"],
+                "seq_len": config["seq_len"],
+                "batch_size": config["batch_size"],
+                "loss_final": e["metrics"].get("loss_final"),
+                "qpc": e["metrics"].get("qpc"),
+                "score": e["score"],
+                "seeds": e["seeds"],
+                "against_baseline": compared,
+                "metrics": e["metrics"],
+                "error": e["error"],
+            }
+        )
+    return out
+
+
+def built(
+    events: Sequence[evolve.Event],
+    settings: evolve.Settings,
+    config: dict[str, Any],
+    rest: dict[str, Any],
+) -> dict[str, Any]:
+    """The report; `rest` (cache, seconds, ...) stands beside the keys."""
+    ladder, population = settings.ladder, settings.population
+    trials = evolve.trials_of(of_search(events))
+    tried = history(events, ladder, population)
+    scores = [h["score"] for h in tried if h["score"] is not None]
+    return {
+        "asha": {
+            "evaluated": len(tried),
+            "promoted": sum(e["event"] == "report" and e["rung"] > 0 for e in events),
+            "best_score": min(scores, default=None),
+            "history": tried,
+        },
+        "candidates": [candidate(t, events, ladder, population) for t in trials.values()],
+        "deep_evaluations": deep(events, population, config),
+        "pareto_front": front(trials, ladder),
+        "hurdles": list(evolve.hurdles(of_search(events), ladder)),
+        "failed": sum(e.get("error") is not None for e in events),
+        "seed": config["seed"],
+        "data": config["data_is"],
+        "versions": {
+            **{name: version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+        },
+        "device": jax.devices()[0].device_kind,
+        **rest,
+    }
+
+
+def words(built: dict[str, Any], most: int = 5) -> str:
+    """The best, and what fresh seeds say, for a terminal."""
+    data = built["data"]
+    floor = "unknown" if data["floor"] is None else f"{data['floor']:.4g}"
+    lines = [
+        f"{data['task']}: nats per {data['unit']}, held out; floor {floor}, "
+        f"frequencies alone {data['unigram_entropy']:.4g}"
+    ]
+    done = [c for c in built["candidates"] if c["stages"] and c["stages"][-1]["score"] is not None]
+    done.sort(key=lambda c: (-c["best_steps"], c["stages"][-1]["score"]))
+    for c in done[:most]:
+        score, found = c["stages"][-1]["score"], c["metrics"]
+        lines.append(
+            f"  {c['cfg_path']}: {score:.4f} after {c['best_steps']} steps, "
+            f"{found['params']:,} parameters, {found['flops_per_token'] / 1e6:.2f} MFLOP per token"
+        )
+    for e in (e for e in built["deep_evaluations"] if e["score"] is not None):
+        versus = e["against_baseline"]
+        tail = "baseline"
+        if versus is not None:
+            gap, p = f"{versus['difference']:+.4f}", shown.number(versus["p"], 2)
+            tail = f"{gap} against the baseline, p {p}: {versus['verdict']}"
+        lines.append(f"  fresh seeds, {e['cfg_path']}: {e['score']:.4f}, {tail}")
+    lines.append(f"  {len(built['candidates'])} candidates, {built['failed']} failures")
+    return "\n".join(lines)
