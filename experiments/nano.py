@@ -24,18 +24,19 @@ import numpy as np
 import optax
 import tyro
 from jaxtyping import Float, Int
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 
 from experiments import run as runs
 from experiments.data.batches import pad, patches_of, prompt_rows
 from experiments.data.sources import digits, procedural, take
 from experiments.data.splits import Split, distinct
+from experiments.data.tokenizer import EOS, PAD, train_bpe
 from forge_jax.domains import Item, vision
 from forge_jax.models import Decoder, DecoderSpec
 from interop.formats import write_safetensors
 from interop.names import canonical_names, params_to_numpy
 
-PAD, BOS, EOS, IMAGE = "<pad>", "<bos>", "<eos>", "<image>"
+BOS, IMAGE = "<bos>", "<image>"
 SPECIALS = (PAD, BOS, EOS, IMAGE)
 DIGIT_WORDS = "zero one two three four five six seven eight nine".split()
 
@@ -103,19 +104,8 @@ class Encoded(NamedTuple):
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE in which every digit is its own token."""
-    tokenizer = Tokenizer(models.BPE())
-    digits_alone = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits_alone, byte_level])  # pyright: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    """Byte-level BPE in which every digit is its own token and every text begins with <bos>."""
+    tokenizer = train_bpe(texts, vocabulary, SPECIALS)
     # what a colleague's AutoTokenizer does by itself; our own encoding puts it there explicitly
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]

@@ -186,7 +186,10 @@ def examples(
     if name not in CORPORA:
         raise ValueError(f"There is no data set {name!r}; there are {', '.join(CORPORA)}.")
     corpus = CORPORA[name]
-    if split not in ("train", "validation") or (split == "validation" and not corpus.validation):
+    of_file = directory is not None and Path(directory, f"{name}.{split}.jsonl").is_file()
+    if split not in ("train", "validation") or (
+        split == "validation" and not (corpus.validation or of_file)
+    ):
         raise ValueError(f"The data set {name} has no split {split!r} of its own.")
     count = 0
     for row in _rows(corpus, directory, split):

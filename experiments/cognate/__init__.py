@@ -1,0 +1,1 @@
+"""Training of the three Cognate models of phase 1."""
