@@ -7,6 +7,7 @@ program, and `step` returns when it has finished.
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -32,8 +33,12 @@ class MuonGrokfast(torch.optim.Optimizer):
     A step whose gradients are not all finite changes nothing and is counted in
     `state["skipped"]`; the others are counted in `state["step"]`. A parameter without gradient is
     left alone, its momentum too, but shares the step count of its group. Parameters of less than
-    32 bits have float32 state and a float32 copy. With `muon_ste_mode`, a parameter that has
-    `weight_full_precision` gives its gradient to that tensor, which is stepped in its place.
+    32 bits have float32 state and a float32 copy; float64 ones are stepped as float32 and hold
+    rounded values after. With `muon_ste_mode`, a parameter that has `weight_full_precision` gives
+    its gradient to that tensor, which is stepped in its place.
+
+    The chain runs on the host's processor. Parameters on an accelerator are copied there and back
+    at every step: correct, but slow.
 
     Args:
         params: tensors, groups, or pairs of name and tensor as `named_parameters` yields them.
@@ -48,7 +53,9 @@ class MuonGrokfast(torch.optim.Optimizer):
         **overrides: fields of `config` to replace.
 
     Raises:
-        ValueError: a field is unknown or out of range, or a rate is a schedule.
+        ValueError: a field is unknown or out of range, a rate is a schedule, or two parameters of
+            a group have one name; in `step`, a group's `lr` or `weight_decay` is below 0 or NaN.
+        TypeError: parameters are a tensor or a set, as torch has it.
     """
 
     state: Any  # torch's, by parameter; and the two counters by name
@@ -72,19 +79,31 @@ class MuonGrokfast(torch.optim.Optimizer):
         self._knobs = {"update_scale": update_scale, "nesterov": nesterov, "tol": tol}
         self._opt_states: list[Any] = []  # one per group; None before its first step
         self._compiled = jax.jit(self._update, static_argnums=0, donate_argnums=1)
-        given = list(params)
+        given = _ordered(params)
+        self._built = False  # torch adds the groups one by one
         # torch refuses an empty list but takes a group without parameters.
         super().__init__(given or [{"params": []}], {"lr": None, "weight_decay": None})
         self.state["step"], self.state["skipped"] = 0, 0
+        self._built = True
         if given:
             self._warn_if_nothing_clips()
+        else:  # that group has no names, and torch would allow none in any later one
+            self.param_groups.clear()
+            self._opt_states.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, split by route; `lr` and `weight_decay`, if given, hold for both."""
+        """Add a group, split by route; `lr` and `weight_decay`, if given, hold for both.
+
+        Raises:
+            ValueError: a rate is below 0 or NaN, or two parameters have one name.
+        """
         tensors = param_group["params"]
-        tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else _ordered(tensors)
+        _check_rates(param_group)
+        first = self._built and not self.param_groups
         config, start = self.config, sum(len(g["params"]) for g in self.param_groups)
         named = [p if isinstance(p, tuple) else (str(start + i), p) for i, p in enumerate(tensors)]
+        _check_names([name for name, _ in named])
         rates = {"muon": config.muon_lr, "fallback": config.fallback_lr}
         decays = {"muon": 0.0, "fallback": config.fallback_weight_decay}
         routes = [self._route(name, tensor) for name, tensor in named]
@@ -93,6 +112,8 @@ class MuonGrokfast(torch.optim.Optimizer):
             defaults = {"lr": rates[route], "weight_decay": decays[route]}
             super().add_param_group(defaults | param_group | {"params": chosen, "route": route})
             self._opt_states.append(None)
+        if first:
+            self._warn_if_nothing_clips()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
@@ -101,6 +122,8 @@ class MuonGrokfast(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            _check_rates(group)
         groups = [_Group(g["route"], _short(g["params"])) for g in self.param_groups]
         names = self._names()
         params = [self._arrays(g, n) for g, n in zip(self.param_groups, names, strict=True)]
@@ -116,7 +139,7 @@ class MuonGrokfast(torch.optim.Optimizer):
             for has, ps in zip(with_gradient, params, strict=True)
         ]
         present = [{n: n in has for n in ps} for has, ps in zip(with_gradient, params, strict=True)]
-        scalars = [(g["lr"], g["weight_decay"]) for g in self.param_groups]
+        scalars = [(float(g["lr"]), float(g["weight_decay"])) for g in self.param_groups]
         finite, self._opt_states, stepped = jax.block_until_ready(
             self._compiled(tuple(groups), self._opt_states, params, grads, present, scalars)
         )
@@ -286,6 +309,31 @@ def _numbers_only(config: optim.MuGrokConfig, overrides: dict[str, Any]) -> opti
     return optim.MuGrokConfig.from_dict(fields)
 
 
+def _ordered(params: Iterable[Any]) -> list[Any]:
+    """Return the parameters as a list; like torch, refuse what has no order or is one tensor."""
+    if isinstance(params, set | frozenset | torch.Tensor):
+        kind = type(params).__name__
+        raise TypeError(f"`params` must be an ordered collection of tensors, got a {kind}.")
+    return list(params)
+
+
+def _check_names(names: list[str]) -> None:
+    """Raise a ValueError that lists repeated names: a group is a dictionary by name."""
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ValueError(
+            f"The names of a group must be unique, got {repeated} more than once: give "
+            "`named_parameters(prefix=...)`, or a group to each model."
+        )
+
+
+def _check_rates(group: dict[str, Any]) -> None:
+    """Raise a ValueError where a rate of a group is below 0 or NaN."""
+    for key in ("lr", "weight_decay"):
+        if key in group and not group[key] >= 0:
+            raise ValueError(f"`group['{key}']` must be at least 0, got {group[key]}.")
+
+
 def _layout(path: str, leaf: Any) -> MuonDimensionNumbers:
     """Read axis 0 as the outputs and all others as inputs, as torch's Linear and Conv do."""
     del path
@@ -323,7 +371,8 @@ def _unflatten(tx: optax.GradientTransformation, params: Any, leaves: list[torch
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         wanted = jax.eval_shape(tx.init, params)
-    arrays = [jnp.asarray(leaf.numpy()) for leaf in leaves]
+    # A copy: `step` gives the memory of the state away, and these tensors are the caller's.
+    arrays = [jnp.array(leaf.numpy(), copy=True) for leaf in leaves]
     want = [(x.shape, x.dtype) for x in jax.tree.leaves(wanted)]
     got = [(x.shape, x.dtype) for x in arrays]
     if want != got:

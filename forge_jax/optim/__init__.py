@@ -10,6 +10,7 @@ from forge_jax.optim.clip import qk_site as qk_site
 from forge_jax.optim.config import MuGrokConfig as MuGrokConfig
 from forge_jax.optim.grokfast import GrokfastEmaState as GrokfastEmaState
 from forge_jax.optim.grokfast import grokfast_ema as grokfast_ema
+from forge_jax.optim.layout import flax_attention_layout as flax_attention_layout
 from forge_jax.optim.layout import flax_layout as flax_layout
 from forge_jax.optim.layout import is_embedding as is_embedding
 from forge_jax.optim.layout import torch_layout as torch_layout

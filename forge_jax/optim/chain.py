@@ -117,8 +117,11 @@ def with_hyperparams(
         state = tx.init(params)
         state.hyperparams["muon_lr"] = 1e-3
 
-    A rate that is a schedule is written there at each step.
+    A rate that is a schedule is written there at each step. Changes of `config` after this call
+    have no effect.
     """
+    # optax calls `tx` again at every update, long after the caller may have changed the config.
+    config = dataclasses.replace(config)
 
     def tx(muon_lr, fallback_lr):
         return build(dataclasses.replace(config, muon_lr=muon_lr, fallback_lr=fallback_lr))

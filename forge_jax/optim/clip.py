@@ -43,11 +43,12 @@ class QkClipState(NamedTuple):
 def qk_site(path: str, leaf: Any) -> tuple[str, Literal["q", "k"]] | None:
     """Split a path at a component that is q_proj, w_q or query, or k_proj, w_k or key.
 
-    `layers_0/attn/q_proj/kernel` is the query of `layers_0/attn`. Leaves of one axis have none.
+    `layers_0/attn/q_proj/kernel` is the query of `layers_0/attn`. Leaves of one axis have none,
+    nor have biases, of which stacked layers have matrices.
     """
-    if jnp.ndim(leaf) < 2:
-        return None
     parts = components(path)
+    if jnp.ndim(leaf) < 2 or parts[-1] == "bias":
+        return None
     for i, part in enumerate(parts):
         if part in _PARTS:
             return "/".join(parts[:i]), _PARTS[part]
@@ -82,6 +83,9 @@ def qk_clip(
     then at most $\|W\| + \tau \|U\| / \|W + U\|$, which equal pushes let grow as $\sqrt{t}$, and no
     scale of a step brings back a weight that is outside already.
 
+    The bound is that of the weights in float32. Rounding them to bfloat16, alone or from a
+    `master_copy`, can leave the rounded ones above it by about one part in 256.
+
     Args:
         threshold: $\tau$, positive.
         num_heads: heads among the selected outputs. Never guessed: None bounds whole matrices,
@@ -90,15 +94,19 @@ def qk_clip(
         layout: which axes are inputs and outputs; further axes are a batch of matrices.
 
     Raises:
-        ValueError: `threshold` is not positive; in `update`, `params` are missing or a leaf's
-            outputs are no multiple of its heads.
+        ValueError: `threshold` is not positive; in `init` and `update`, a `query` or `key` of
+            three axes has heads but only the default layout; in `update`, `params` are missing or
+            a leaf's outputs are no multiple of its heads.
     """
     if not threshold > 0:
         raise ValueError(f"`threshold` must be positive, got {threshold}.")
 
     def init_fn(params):
         leaves = jax.tree_util.tree_leaves_with_path(params)
-        if not any(_outputs(select(name(path), leaf)) for path, leaf in leaves):
+        chosen = [(name(p), leaf) for p, leaf in leaves if _outputs(select(name(p), leaf))]
+        for path, leaf in chosen:
+            _check_declared(path, leaf, _count(num_heads, path, leaf), layout)
+        if not chosen:
             warnings.warn("QK-clip is on, but `select` matches no leaf of `params`.", stacklevel=2)
         return QkClipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
@@ -112,9 +120,10 @@ def qk_clip(
             outputs = _outputs(select(name(path), w))
             if outputs is None:
                 return u
+            count = _count(num_heads, name(path), w)
+            _check_declared(name(path), w, count, layout)
             dims = layout(name(path), w)
             stepped = to_matrices(w.astype(jnp.float32) + u.astype(jnp.float32), dims)
-            count = num_heads(name(path), w) if callable(num_heads) else num_heads
             heads = _split(stepped[..., outputs], count, name(path))
             norm = _norms(heads)
             norms.append(norm.ravel())
@@ -158,7 +167,8 @@ def qk_clip_logits(
         layout: which axes are inputs and outputs.
 
     Raises:
-        ValueError: an argument is out of its range; in `update`, `params` or `max_logits` are
+        ValueError: an argument is out of its range; in `init` and `update`, a `query` or `key` of
+            three axes has only the default layout; in `update`, `params` or `max_logits` are
             missing or do not fit the leaves.
     """
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -169,7 +179,10 @@ def qk_clip_logits(
 
     def init_fn(params):
         leaves = jax.tree_util.tree_leaves_with_path(params)
-        if not any(site(name(path), leaf) for path, leaf in leaves):
+        chosen = [(name(p), leaf) for p, leaf in leaves if site(name(p), leaf)]
+        for path, leaf in chosen:
+            _check_declared(path, leaf, num_heads, layout)
+        if not chosen:
             warnings.warn("QK-clip is on, but `site` matches no leaf of `params`.", stacklevel=2)
         return QkClipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
@@ -185,6 +198,7 @@ def qk_clip_logits(
             if found is None:
                 return u
             where, part = found
+            _check_declared(name(path), w, num_heads, layout)
             dims = layout(name(path), w)
             stepped = to_matrices(w.astype(jnp.float32) + u.astype(jnp.float32), dims)
             logits = jnp.asarray(max_logits[where], jnp.float32)
@@ -210,6 +224,25 @@ def _outputs(selected: bool | slice) -> slice | None:
     if isinstance(selected, slice):
         return selected
     return slice(None) if selected else None
+
+
+def _count(num_heads: NumHeads, path: str, leaf: Any) -> int | None:
+    """Return the heads of one leaf."""
+    return num_heads(path, leaf) if callable(num_heads) else num_heads
+
+
+def _check_declared(path: str, leaf: Any, heads: int | None, layout: Layout) -> None:
+    """Raise a ValueError where Flax's own attention would be read as a stack of matrices.
+
+    Its `query` and `key` are (inputs, heads, width), those of a scanned Dense (layers, inputs,
+    outputs): shapes cannot tell them apart, so that the caller has to.
+    """
+    flax_names = {"query", "key"} & set(components(path))
+    if heads is not None and layout is flax_layout and flax_names and jnp.ndim(leaf) >= 3:
+        raise ValueError(
+            f"`layout` must declare the axes of {path}, got the default for {jnp.shape(leaf)}: "
+            "give `optim.flax_attention_layout` if they are (inputs, heads, width), or your own."
+        )
 
 
 def _split(

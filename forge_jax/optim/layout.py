@@ -44,6 +44,21 @@ def torch_layout(path: str, leaf: Any) -> MuonDimensionNumbers:
     return MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
 
 
+def flax_attention_layout(path: str, leaf: Any) -> MuonDimensionNumbers:
+    """Read the kernels of `flax`'s MultiHeadDotProductAttention; all others as `flax_layout` does.
+
+    Those of `query`, `key` and `value` are (inputs, heads, width), of `out` (heads, width, inputs);
+    a layer axis of `nn.scan` comes before them. Biases (heads, width) look like matrices: send them
+    to the fallback by name.
+    """
+    part = next((p for p in components(path) if p in ("query", "key", "value", "out")), None)
+    if part is None or components(path)[-1] == "bias" or jnp.ndim(leaf) < 3:
+        return flax_layout(path, leaf)
+    if part == "out":
+        return MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
+    return MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
+
+
 def is_embedding(path: str, leaf: Any) -> bool:
     """Return whether a component of the path is the usual name of an embedding or a head."""
     del leaf

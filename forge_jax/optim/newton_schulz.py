@@ -15,7 +15,8 @@ Coefficients = (
 """a name, one triple for every step, or one triple a step"""
 NAMES = ("jordan", "polar_express", "svd")
 
-# Jordan et al. 2024: the steepest start. Singular values end in [0.68, 1.13] and never at 1.
+# Jordan et al. 2024: the steepest start. In the long run singular values move about in
+# [0.68, 1.13] and never settle at 1; after five steps small ones are still on their way.
 JORDAN = (3.4445, -4.7750, 2.0315)
 # Amsel et al., arXiv 2505.16932, algorithm 1: the best map of [1e-3, 1] for each number of steps.
 # The division keeps rounding from pushing a singular value above the interval of the next step.
@@ -48,19 +49,22 @@ def orthogonalize(
     The scale of `x` does not matter and zeros stay zeros. Wide enough matrices run the same
     polynomial on the small Gram matrix: about half the operations at 1280 x 320, a fifth at
     32768 x 320. Its rounding is coarser: 5 steps of "jordan" differ from the same in float64 by
-    at most 1e-3 in spectral norm, 1e-5 for Gaussian matrices. Everything runs in float32, and the
-    result has the dtype of `x`.
+    at most 1e-3 in spectral norm, 1e-5 for Gaussian matrices. Everything runs in float32, also
+    where the backend would multiply in less, and the result has the dtype of `x`.
 
     With `tol`, steps of (15/8, -10/8, 3/8) follow until $\max |X X^T - I| \le$ `tol`, 30 at most.
     That is reached in float32 where $\sigma_{min} / \|X\|_F \ge 10^{-5}$ and `tol` is at least
-    about 1e-5. Do not polish matrices of low rank: rounding noise grows to full directions.
+    about 1e-5. Matrices of zeros are not waited for. Do not polish others of low rank: rounding
+    noise grows to full directions.
 
     Args:
         x: matrices in the last two axes.
         steps: number of polynomials; 0 is the SVD.
-        coeffs: "jordan" repeats (3.4445, -4.7750, 2.0315), which leaves singular values in
-            [0.68, 1.2] at best; "polar_express" converges; "svd" is exact and drops singular
-            values that are rounding noise; or triples of your own.
+        coeffs: "jordan" repeats (3.4445, -4.7750, 2.0315): five steps take singular values of at
+            least 1.5e-3 of the norm into [0.68, 1.2] and leave smaller ones below, as on a
+            Gaussian 100 x 100 with its median range of [0.27, 1.19]; "polar_express" converges;
+            "svd" is exact and drops singular values that are rounding noise; or triples of your
+            own.
         tol: largest entry of $|X X^T - I|$, of the shorter side.
 
     Raises:
@@ -87,16 +91,18 @@ def orthogonalize_and_count(
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
     m, n = y.shape[-2:]
-    if polynomials is None:
-        y = _svd(y)
-    elif _gram_cost(m, n, polynomials) < _whole_cost(m, n, polynomials):
-        y = _by_gram_matrix(y, polynomials)
-    else:
-        y = _by_optax(y, polynomials)
     taken = jnp.asarray(0 if polynomials is None else len(polynomials))
-    if tol is not None:
-        y, more = _polish(y, tol)
-        taken = taken + more
+    # Fast float32 modes of accelerators keep 10 bits, too few for squared singular values.
+    with jax.default_matmul_precision("highest"):
+        if polynomials is None:
+            y = _svd(y)
+        elif _gram_cost(m, n, polynomials) < _whole_cost(m, n, polynomials):
+            y = _by_gram_matrix(y, polynomials)
+        else:
+            y = _by_optax(y, polynomials)
+        if tol is not None:
+            y, more = _polish(y, tol)
+            taken = taken + more
     return (y.mT if tall else y).astype(x.dtype), taken
 
 
@@ -157,10 +163,8 @@ def _by_gram_matrix(x: Float[Array, "*batch m n"], polynomials) -> Float[Array, 
     multiplies it by $a^2$. `_segments` stops before that matters; the next segment takes G anew.
     """
     x = x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1e-8)
-    # Fast float32 modes of accelerators keep 10 bits, too few for squared singular values.
-    with jax.default_matmul_precision("highest"):
-        for segment in _segments(polynomials):
-            x = _gram_polynomial(x @ x.mT, segment) @ x
+    for segment in _segments(polynomials):
+        x = _gram_polynomial(x @ x.mT, segment) @ x
     return x
 
 
@@ -221,13 +225,15 @@ def _polish(
 
     def unfinished(carry):
         taken, _, gram = carry
-        return (taken < _POLISH_STEPS) & (jnp.max(jnp.abs(gram - identity)) > tol)
+        # A matrix of zeros, one without gradient, would be waited for in vain.
+        zero = jnp.all(gram == 0, axis=(-2, -1), keepdims=True)
+        gaps = jnp.where(zero, 0, jnp.abs(gram - identity))
+        return (taken < _POLISH_STEPS) & (jnp.max(gaps) > tol)
 
     def step(carry):
         taken, x, gram = carry
         x = a * x + (b * gram + c * (gram @ gram)) @ x
         return taken + 1, x, x @ x.mT
 
-    with jax.default_matmul_precision("highest"):
-        taken, x, _ = jax.lax.while_loop(unfinished, step, (jnp.asarray(0), x, x @ x.mT))
+    taken, x, _ = jax.lax.while_loop(unfinished, step, (jnp.asarray(0), x, x @ x.mT))
     return x, taken

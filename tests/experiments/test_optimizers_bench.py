@@ -1,6 +1,5 @@
 """The optimizer race and the grokking script: their parameter set, counts and decisions."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from experiments import grokking
 from experiments.bench import optimizers as bench
+from experiments.bench import race
 from experiments.files import read_json
 
 
@@ -30,6 +30,19 @@ def test_counts():
     assert counts["bytes"] == 4 * (5 * (w + rest) + 2 * w + 4 * rest)
 
 
+RATES = {
+    "float32 product of 1536, flop/s": 1e9,
+    "float32 product of 320, flop/s": 2e9,
+    "torch bfloat16 product of 1536, flop/s": 8e9,
+    "copy, bytes/s read and written": 1e8,
+}
+
+
+def test_the_roofline_is_at_the_better_rate_of_float32():
+    assert set(race.ceilings(8, 1)) == {name.replace("1536", "8") for name in RATES}
+    assert bench.roofline_s({"flops": 4e9, "bytes": 1e8}, RATES) == pytest.approx(3.0)
+
+
 @pytest.mark.torch
 def test_the_race_writes_its_table(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch")
@@ -37,7 +50,7 @@ def test_the_race_writes_its_table(tmp_path, capsys, monkeypatch):
 
     few = {"w_q.weight": (20, 20), "up.weight": (80, 20), "token_emb.weight": (99, 20), "b": (9,)}
     monkeypatch.setattr(bench, "cognate_shapes", lambda: few)
-    monkeypatch.setattr(bench, "ceilings", lambda: dict.fromkeys("abcd", 1e9))
+    monkeypatch.setattr(bench, "ceilings", lambda: RATES)
     cache = jax.config.values["jax_enable_compilation_cache"]
     try:
         result = bench.main(bench.Args(tmp_path, rounds=1))
@@ -75,4 +88,3 @@ def test_grokking_runs_to_its_plot(tmp_path, monkeypatch):
     assert row["rate"] in (3e-2, 1e-1)
     names = {"config.json", "result.json", "table.md", "grokking.png"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == names
-    assert dataclasses.asdict(grokking.Args(tmp_path))["prime"] == 97

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from forge_jax import optim
+from forge_jax.optim import QkClipState
 
 
 def project(w, u, threshold, heads):
@@ -121,6 +123,8 @@ def test_head_counts_may_differ_by_leaf():
         ("attn/monkey/kernel", False),
         ("attn/v_proj/kernel", False),
         ("attn/in_proj_weight", False),
+        ("layers/attn/q_proj/bias", False),
+        ("attn.w_k.bias", False),
     ],
 )
 def test_default_selection_is_by_whole_components(path, yes):
@@ -128,17 +132,67 @@ def test_default_selection_is_by_whole_components(path, yes):
     assert not optim.is_qk(path, jnp.ones(2))
 
 
-def test_matching_nothing_warns_once():
-    updates: Any
-    params = {"dense": jnp.ones((2, 2))}
-    for tx in (optim.qk_clip(1.0), optim.qk_clip_logits(1.0, 1)):
-        with pytest.warns(UserWarning, match="matches no leaf") as caught:
-            state = tx.init(params)
-        assert len(caught) == 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            updates = tx.update(params, state, params)[0]
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optim.qk_clip(1.0),
+        optim.qk_clip_logits(1.0, 1),
+        optim.mugrok(optim.MuGrokConfig()),
+        optim.mugrok(optim.MuGrokConfig(), diagnostics=True),
+        optim.with_hyperparams(optim.MuGrokConfig()),
+        optim.master_copy(optim.mugrok(optim.MuGrokConfig())),
+    ],
+    ids=["qk_clip", "logits", "mugrok", "measured", "with_hyperparams", "master_copy"],
+)
+def test_matching_nothing_warns_once(tx):
+    params = {"dense": jnp.ones(2)}
+    with pytest.warns(UserWarning, match="matches no leaf") as caught:
+        state = tx.init(params)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        updates: Any = tx.update(params, state, params)[0]
+    assert updates["dense"].shape == (2,)
+    if isinstance(state, QkClipState):
         np.testing.assert_array_equal(updates["dense"], params["dense"])
+
+
+def test_stacked_biases_are_left_alone():
+    params = {"q_proj": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.full((3, 4), 9.0)}}
+    zeros, logits = jax.tree.map(jnp.zeros_like, params), {"": jnp.full((3, 2), 4.0)}
+    for tx in (optim.qk_clip(1.0), optim.qk_clip_logits(1.0, 2)):
+        new: Any = tx.update(zeros, tx.init(params), params, max_logits=logits)[0]
+        assert np.all(new["q_proj"]["kernel"] < 0)
+        np.testing.assert_array_equal(new["q_proj"]["bias"], 0)
+
+
+def test_flax_attention_has_to_be_declared():
+    """Its kernels are (inputs, heads, width), which is no stack of (heads, width) matrices."""
+    model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, out_features=6)
+    params: Any = model.init(jax.random.key(0), jnp.ones((1, 3, 6)))["params"]
+    assert params["query"]["kernel"].shape == (6, 2, 4)
+    zeros, logits = jax.tree.map(jnp.zeros_like, params), {"": jnp.array([1.0, 4.0])}
+    for tx in (optim.qk_clip(1.0, 2), optim.qk_clip_logits(1.0, 2)):
+        with pytest.raises(ValueError, match=r"`layout` must declare the axes of key/kernel"):
+            tx.init(params)
+        state = QkClipState(jnp.zeros((), jnp.int32), jnp.zeros(()))
+        with pytest.raises(ValueError, match=r"got the default for \(6, 2, 4\)"):
+            tx.update(zeros, state, params, max_logits=logits)
+    layout = optim.flax_attention_layout
+    by_norm, by_logit = (
+        optim.qk_clip(1.0, 2, layout=layout),
+        optim.qk_clip_logits(1.0, 2, layout=layout),
+    )
+    new: Any = optax.apply_updates(params, by_norm.update(zeros, by_norm.init(params), params)[0])
+    for part in ("query", "key"):
+        flat = params[part]["kernel"].reshape(6, 8)
+        got = new[part]["kernel"].reshape(6, 8)
+        np.testing.assert_allclose(got, project(flat, 0, 1.0, 2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(new["out"]["kernel"], params["out"]["kernel"])
+    updates: Any = by_logit.update(zeros, by_logit.init(params), params, max_logits=logits)[0]
+    new = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(new["key"]["kernel"][:, 0], params["key"]["kernel"][:, 0])
+    np.testing.assert_allclose(new["key"]["kernel"][:, 1], 0.5 * params["key"]["kernel"][:, 1])
 
 
 def attention(q, k, x, heads, kv_heads):
@@ -172,6 +226,36 @@ def test_logits_come_down_to_the_threshold(heads, kv_heads):
     assert after.max() <= threshold * (1 + 1e-4)
     np.testing.assert_array_equal(new["attn"]["v"], 1)
     assert state.num_clipped == (logits > threshold).sum()
+
+
+def test_logits_follow_their_formula_over_20_steps():
+    """Four query heads share two key heads; a head's factor is that of its group."""
+    rng = np.random.default_rng(5)
+    start = {
+        "q_proj": 0.3 * rng.standard_normal((6, 8)).astype(np.float32),
+        "k_proj": 0.3 * rng.standard_normal((6, 4)).astype(np.float32),
+    }
+    pushes = {
+        n: 0.1 * rng.standard_normal((20, *w.shape)).astype(np.float32) for n, w in start.items()
+    }
+    seen = rng.uniform(0.5, 2.0, (20, 4)).astype(np.float32)
+    tx = optim.qk_clip_logits(1.0, 4, 2)
+
+    def step(params, inputs):
+        u, s = inputs
+        updates = tx.update(u, tx.init(params), params, max_logits={"": s})[0]
+        params = optax.apply_updates(params, updates)
+        return params, params
+
+    got: Any = jax.lax.scan(step, start, (pushes, seen))[1]
+    want = {n: w.astype(np.float64) for n, w in start.items()}
+    for t in range(20):
+        gamma = np.minimum(1, 1 / seen[t].astype(np.float64).reshape(2, 2).max(1))
+        for n, w in want.items():
+            per_output = np.repeat(np.sqrt(gamma), w.shape[1] // 2)
+            want[n] = (w + pushes[n][t]) * per_output
+            error = np.linalg.norm(got[n][t] - want[n]) / np.linalg.norm(want[n])
+            assert error <= 1e-6
 
 
 def test_logits_of_stacked_layers_and_their_errors():

@@ -109,6 +109,18 @@ def test_the_config_is_read_once():
     assert float(jnp.abs(updates["z"]).max()) < 3e-3
 
 
+def test_the_config_is_read_once_also_with_rates_in_the_state():
+    """Those rates make optax build the chain again at every update."""
+    config = optim.MuGrokConfig.from_phase(7)
+    tx = optim.with_hyperparams(config)
+    state = tx.init(PARAMS)
+    g = jax.tree.map(lambda x: x[0], GRADS)
+    want: Any = tx.update(g, state, PARAMS)[0]
+    config.fallback_lr, config.enable_grokfast, config.fallback_betas = 9.0, False, (0.0, 0.0)
+    got: Any = tx.update(g, state, PARAMS)[0]
+    np.testing.assert_array_equal(got["z"], want["z"])
+
+
 def test_traced_once_with_a_state_that_keeps_its_types():
     tx = optim.mugrok(optim.MuGrokConfig.from_phase(7))
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)

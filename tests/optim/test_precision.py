@@ -61,6 +61,43 @@ def test_master_copy_keeps_bfloat16_params_at_the_rounded_float32_ones():
     assert same > 0.9 * total
 
 
+def test_master_copy_is_numpys_float32_sum():
+    """The rate is a power of two, so that both round once; small steps are taken exactly."""
+    rng = np.random.default_rng(0)
+    start = rng.uniform(1, 2, 64).astype(jnp.bfloat16)
+    grads = rng.standard_normal((20, 64)).astype(np.float32)
+    tx = optim.master_copy(optax.sgd(2.0**-7))
+    params: Any = {"w": jnp.asarray(start)}
+    state: Any = tx.init(params)
+    master = start.astype(np.float32)
+    for g in grads:
+        updates, state = tx.update({"w": jnp.asarray(g)}, state, params)
+        params = optax.apply_updates(params, updates)
+        master = master - np.float32(2.0**-7) * g
+        np.testing.assert_array_equal(state.master["w"], master)
+        np.testing.assert_array_equal(params["w"], master.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="`params` must be given to `update`"):
+        tx.update(params, state)
+
+
+def test_clipping_holds_for_the_copy_and_to_a_rounding_for_bfloat16():
+    config = optim.MuGrokConfig(muon_lr=0.5, qk_clip_threshold=2.0)
+    tx = optim.master_copy(optim.mugrok(config))
+    params: Any = {"q_proj": jnp.zeros((8, 16), jnp.bfloat16)}
+    state: Any = tx.init(params)
+    update = jax.jit(tx.update)
+    norms = []
+    for seed in range(10):
+        g = {"q_proj": gradient(seed)["q_proj"].astype(jnp.bfloat16)}
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        both = (state.master["q_proj"], params["q_proj"])
+        norms.append([np.linalg.norm(np.asarray(w, np.float64)) for w in both])
+    exact, rounded = np.max(norms, axis=0)
+    assert 1.99 < exact <= 2.0
+    assert rounded <= 2.0 * (1 + 2.0**-8)
+
+
 def test_steps_below_the_resolution_of_bfloat16_add_up():
     config = optim.MuGrokConfig.from_phase(7, fallback_lr=1e-4, fallback_weight_decay=0.0)
     params = {"z": jnp.ones(4, jnp.bfloat16)}
@@ -84,18 +121,44 @@ def test_second_moments_of_bfloat16_params_are_float32():
     assert all(x.dtype == jnp.float32 for x in floats)
 
 
-def test_non_finite_gradients_are_skipped_and_counted():
+@pytest.mark.parametrize("leaf", ["norm", "q_proj", "up"])
+def test_non_finite_gradients_are_skipped_and_counted(leaf):
     tx = optax.apply_if_finite(optim.mugrok(CONFIG), max_consecutive_errors=5)
     want, _ = train(tx, PARAMS, tx.init(PARAMS), [0, 1])
     params, state = train(tx, PARAMS, tx.init(PARAMS), [0])
     for bad in (jnp.nan, jnp.inf):
-        grads = gradient(7) | {"norm": jnp.full(8, bad)}
+        grads = gradient(7)
+        grads[leaf] = grads[leaf].at[..., 0].set(bad)
         updates, state = tx.update(grads, state, params)
         assert not any(np.any(u) for u in jax.tree.leaves(updates))
     params, state = train(tx, params, state, [1])
     assert state.total_notfinite == 2
     assert state.notfinite_count == 0
     assert bits(params) == bits(want)
+
+
+def test_too_many_bad_gradients_in_a_row_are_applied():
+    """What optax does and the docs warn of: a run that never recovers should be seen to fail."""
+    tx = optax.apply_if_finite(optim.mugrok(CONFIG), max_consecutive_errors=2)
+    state, bad = tx.init(PARAMS), jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), PARAMS)
+    update, moved = jax.jit(tx.update), []
+    for _ in range(3):
+        updates, state = update(bad, state, PARAMS)
+        moved.append(any(np.any(u != 0) for u in jax.tree.leaves(updates)))
+    assert moved == [False, False, True]
+
+
+def test_short_gradients_are_accumulated_in_float32():
+    params = {"z": jnp.ones(2, jnp.bfloat16)}
+    many = optax.MultiSteps(optim.mugrok(optim.MuGrokConfig.from_phase(7)), 2)
+    state: Any = many.init(params)
+    g = {"z": jnp.array([1.0, 2.0**-10], jnp.bfloat16)}
+    _, state = many.update(g, state, params)
+    assert state.acc_grads["z"].dtype == jnp.float32
+    updates: Any
+    updates, state = many.update(jax.tree.map(jnp.negative, g), state, params)
+    assert updates["z"].dtype == jnp.bfloat16
+    assert state.gradient_step == 1
 
 
 def test_accumulated_gradients_take_one_step():

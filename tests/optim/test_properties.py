@@ -84,10 +84,13 @@ def test_scan_vmap_and_jit_agree(tx, shapes):
 
         return jax.lax.scan(step, (params, tx.init(params)), grads)[0][0]
 
-    scanned = jax.jit(steps)(grads, params)
+    run = jax.jit(steps)
+    scanned = run(grads, params)
     both = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), (grads, params))
     vmapped = jax.jit(jax.vmap(steps))(*both)
-    chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], vmapped), scanned, atol=2e-5)
+    members = [jax.tree.map(lambda x: x[i], vmapped) for i in range(2)]  # noqa: B023
+    halved = run(*jax.tree.map(lambda x: 0.5 * x, (grads, params)))
+    chex.assert_trees_all_close(members, [scanned, halved], atol=2e-5)
     state, p, update = tx.init(params), params, jax.jit(tx.update)
     for g in (draw(1, shapes), draw(2, shapes)):
         updates, state = update(g, state, p, **EXTRA)
