@@ -90,7 +90,7 @@ def aligned(tensor):
 
 
 def test_loaded_state_stays_the_callers():
-    """`step` gives its state to XLA, which may write over it."""
+    """`step` gives its state to XLA, which may write over it, and the caller may write as well."""
     model = linear()
     optimizer = MuonGrokfast(model.parameters(), use_qk_clip=False, enable_muon=False)
     model.weight.grad = torch.ones(3, 4)
@@ -103,6 +103,11 @@ def test_loaded_state_stays_the_callers():
         optimizer.step()
         for want, got in zip(kept[0], saved["state"]["chain"][0], strict=True):
             assert torch.equal(want, got)
+    optimizer.load_state_dict(saved)
+    for x in saved["state"]["chain"][0]:
+        x.zero_()
+    taken = optimizer.state_dict()["state"]["chain"][0]
+    assert all(torch.equal(want, got) for want, got in zip(kept[0], taken, strict=True))
 
 
 @pytest.mark.parametrize(
