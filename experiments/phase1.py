@@ -32,7 +32,7 @@ from experiments.cognate.training import (
 )
 from experiments.data.curriculum import stage_of
 from experiments.data.cursor import Cursor
-from experiments.data.tokenizer import load_tokenizer, save_tokenizer
+from experiments.data.tokenizer import save_tokenizer
 from interop.cognate import save_cognate
 
 
@@ -46,7 +46,12 @@ class Stand(NamedTuple):
 
 
 def load_problem(args: Args) -> Problem:
-    """The texts, the tokenizer and the models that the arguments name."""
+    """The texts, the tokenizer and the models that the arguments name.
+
+    A resumed run keeps its tokenizer: training one again need not give the same.
+    """
+    path = args.out.with_name(args.out.name + ".partial") if args.replace else args.out
+    own = path / "tokenizer.json"
     return load(
         args.shape,
         args.names,
@@ -54,7 +59,7 @@ def load_problem(args: Args) -> Problem:
         datasets=args.datasets,
         train=args.train_examples,
         validation=args.validation_examples,
-        tokenizer=args.tokenizer,
+        tokenizer=own if args.resume and own.is_file() else args.tokenizer,
         length=args.length,
         held_rows=args.held_batch,
         steps=args.training.steps,
@@ -225,25 +230,12 @@ def write(run: runs.Run, args: Args, problem: Problem, stand: Stand) -> dict[str
     return summary
 
 
-def keep_tokenizer(run: runs.Run, problem: Problem) -> None:
-    """Write the tokenizer into the run.
-
-    Raises:
-        ValueError: a resumed run began with another one, and so with other texts.
-    """
-    path = run.path / "tokenizer.json"
-    if path.is_file() and load_tokenizer(path).to_str() != problem.tokenizer.to_str():
-        raise ValueError(
-            f"The run was started with other texts: they give another tokenizer than {path}."
-        )
-    save_tokenizer(problem.tokenizer, path)
-
-
-def settings_of(args: Args) -> dict[str, Any]:
-    """The settings of a run, those of the model and of the training one by one."""
+def settings_of(args: Args, problem: Problem) -> dict[str, Any]:
+    """The settings of a run, those of model and training one by one, and what its data are."""
     settings = runs.plain(args)
     training, shape = settings.pop("training"), settings.pop("shape")
-    return {**settings, **training, **{f"shape.{name}": value for name, value in shape.items()}}
+    shape = {f"shape.{name}": value for name, value in shape.items()}
+    return {**settings, **training, **shape, "texts_sha256": problem.digest()}
 
 
 @runs.clean_errors()
@@ -255,14 +247,14 @@ def main(args: Args) -> None:
     problem = load_problem(args)
     with runs.opened(
         args.out,
-        settings_of(args),
+        settings_of(args, problem),
         resume=args.resume,
         replace=args.replace,
         wandb=args.wandb,
         wandb_mode=args.wandb_mode,
         tensorboard=args.tensorboard,
     ) as run:
-        keep_tokenizer(run, problem)
+        save_tokenizer(problem.tokenizer, run.path / "tokenizer.json")
         stand = train(run, args, problem)
         summary = write(run, args, problem, stand)
         done = runs.finish(run)

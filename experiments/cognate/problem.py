@@ -1,5 +1,6 @@
 """What a phase 1 run starts from: models, tokenizer, encoded documents, validation rows."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,17 @@ class Problem(NamedTuple):
     def pad(self) -> int:
         """The id of the padding token."""
         return self.tokenizer.token_to_id(PAD)
+
+    def digest(self) -> str:
+        """A hash of all tokens, by which a resumed run knows its texts again."""
+        digest = hashlib.sha256()
+        for name, documents in self.train.items():
+            digest.update(name.encode())
+            for leaf in documents:
+                digest.update(np.ascontiguousarray(leaf).tobytes())
+        for leaf in self.held.rows:
+            digest.update(leaf.tobytes())
+        return digest.hexdigest()
 
     def keys(self) -> Array:
         """The key from which each model is drawn: its documents' seed and the run's."""
