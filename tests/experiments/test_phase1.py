@@ -2,19 +2,14 @@
 
 import dataclasses
 import errno
-import functools
 import json
 import os
 import re
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
-import tyro
 import yaml
 from safetensors.numpy import load_file
 
@@ -22,68 +17,20 @@ from experiments import checkpoints, phase1
 from experiments import run as runs
 from experiments.checkpoints import flatten, steps
 from experiments.cognate import metrics
-from experiments.cognate.args import Args, defaults
 from experiments.cognate.problem import next_batch
-from experiments.cognate.training import (
-    Settings,
-    State,
-    gradient,
-    init_state,
-    keep_best,
-    make_tx,
-    make_update,
-    schedule,
-)
-from experiments.cognate.validation import Held, Scores, make_scorer, summarize
-from experiments.data.packing import Rows
-from forge_jax.models.cognate import SPECIALIZATIONS, Cognate, CognateConfig
+from experiments.cognate.training import schedule
+from forge_jax.models.cognate import SPECIALIZATIONS
 from interop.cognate import cognate_names, load_cognate
-
-SHAPE = CognateConfig(
-    vocab_size=300,
-    d_model=16,
-    layers=1,
-    heads=2,
-    d_ff=16,
-    max_positions=64,
-    window=16,
-    positions="learned",
-    memory="ema",
-    d_mem=4,
-    gate_hidden=4,
-    steps=1,
-    micro_steps=1,
-    step_weights=(0.5, 1.0),
-    answer_heads=2,
-    loss_rows=64,
+from tests.experiments.cognate_runs import (
+    SETTINGS,
+    SHAPE,
+    cached_scorer,
+    cached_update,
+    initial,
+    make_args,
 )
-SETTINGS = Settings(steps=6, batch=2, accumulate=2, average_decay=0.9, quick_compile=True)
-SMALL: dict[str, Any] = {
-    **{"data": "offline", "train_examples": 30, "validation_examples": 4, "length": 48},
-    **{"epochs": 3, "held_batch": 4, "halting_rows": 2, "log_every": 1, "save_every": 1},
-    **{"training": SETTINGS, "shape": SHAPE},
-}
+
 TIMED = ("tokens_per_second", "duration_minutes", "time_hours")
-
-
-def make_args(out, **changes):
-    return Args(**{**SMALL, "out": out, **changes})
-
-
-@functools.cache
-def cached_update(config, settings, seed):
-    return make_update(Cognate(config), make_tx(settings, config), settings, seed)
-
-
-@functools.cache
-def cached_scorer(config):
-    return make_scorer(Cognate(config), SETTINGS.compiler_options)
-
-
-@functools.cache
-def cached_init(config, settings, keys):
-    made = jax.random.wrap_key_data(jnp.asarray(np.array(keys, np.uint32)))
-    return init_state(Cognate(config), make_tx(settings, config), made)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,13 +47,6 @@ def compiled_once():
             phase1.validation, "make_scorer", lambda model, options: cached_scorer(model.config)
         )
         yield
-
-
-def initial(model, tx, keys, settings=SETTINGS):
-    """A copy: an update takes its arguments over."""
-    del tx
-    data = tuple(map(tuple, np.asarray(jax.random.key_data(keys)).tolist()))
-    return jax.tree.map(jnp.copy, cached_init(model.config, settings, data))
 
 
 @pytest.fixture(scope="module")
@@ -248,108 +188,6 @@ def test_three_at_once_are_three_alone(unbroken, tmp_path):
         assert max(jax.tree.leaves(moved)) < 1e-5
 
 
-def drawn_batch():
-    """A problem, one model's batch of two parts, and parameters."""
-    args = make_args("unused")
-    problem = phase1.load_problem(args)
-    batch, _ = next_batch(problem, problem.start(), 0, parts=2, rows=2, length=48)
-    state = initial(problem.model, None, problem.keys())
-    params = jax.tree.map(lambda x: x[0], state.params)
-    return problem, tuple(jnp.asarray(x[0]) for x in batch), params
-
-
-def test_how_a_batch_is_cut_into_parts_does_not_matter():
-    """Also when their numbers of labels differ: means are over tokens, not over parts."""
-    problem, rows, params = drawn_batch()
-    tokens, labels, segments = rows
-    counts = (labels >= 0).sum((1, 2))
-    assert counts.min() > 0
-    assert counts[0] != counts[1]
-    rows = (tokens, labels, segments)
-    empty = [jnp.full_like(x, fill) for x, fill in zip(rows, (0, -100, 0), strict=True)]
-    # four rows and four empty ones: two and two of each in both parts, or all labels in the first
-    even = tuple(jnp.concatenate([x, e], axis=1) for x, e in zip(rows, empty, strict=True))
-    uneven = tuple(
-        jnp.stack([x.reshape(4, 48), e.reshape(4, 48)]) for x, e in zip(rows, empty, strict=True)
-    )
-    controls = jax.tree.map(lambda x: x[0], problem.controls)
-    take = jax.jit(
-        lambda batch: gradient(problem.model, SETTINGS, params, batch, controls, None),
-        compiler_options=SETTINGS.compiler_options,
-    )
-    (ours, metrics_a), (theirs, metrics_b) = take(even), take(uneven)
-    assert optax.tree.norm(ours) > 1e-2
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6), ours, theirs)
-    for name, value in metrics_b.items():
-        np.testing.assert_allclose(metrics_a[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
-
-
-@pytest.mark.slow
-def test_short_numbers_train_long_weights():
-    problem, batch, params = drawn_batch()
-    controls = jax.tree.map(lambda x: x[0], problem.controls)
-
-    def take(settings):
-        return jax.jit(
-            lambda batch: gradient(problem.model, settings, params, batch, controls, None)[0],
-            compiler_options=SETTINGS.compiler_options,
-        )(batch)
-
-    exact, rough = take(SETTINGS), take(dataclasses.replace(SETTINGS, compute="bfloat16"))
-    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(rough))
-    error = optax.tree.norm(optax.tree.sub(rough, exact)) / optax.tree.norm(exact)
-    assert 1e-4 < error < 0.1
-
-
-def test_the_schedule_acts_on_both_routes():
-    settings = dataclasses.replace(SETTINGS, steps=20, warmup=0.2, clip=1e9)
-    tx = make_tx(settings, SHAPE)
-    params = {"attention": {"w_q": {"kernel": jnp.eye(16)}}, "norm": {"scale": jnp.ones(16)}}
-    params = {"layers": params}
-    state, moved = tx.init(params), []
-    update = jax.jit(tx.update, compiler_options=SETTINGS.compiler_options)
-    for _ in range(20):
-        updates, state = update(jax.tree.map(jnp.ones_like, params), state, params)
-        moved.append([float(optax.tree.norm(u)) for u in jax.tree.leaves(updates)])
-    wanted = np.array([float(schedule(settings, 1.0)(i)) for i in range(20)])
-    assert wanted[4] == wanted.max() == 1
-    assert wanted[-1] < 0.1 < wanted[0] < 0.3
-    for route in np.array(moved).T:  # the filter lets the gradient grow by 5 %, seen by AdamW
-        np.testing.assert_allclose(route / route[4], wanted, rtol=0.03)
-
-
-def test_only_a_clear_improvement_is_kept_and_patience_ends():
-    args = make_args("unused", specialization="all")
-    leaf = {"w": jnp.arange(3.0)}
-    zeros = jnp.zeros(3, jnp.int32)
-    state = State(
-        leaf,
-        {"w": jnp.array([7.0, 8.0, 9.0])},
-        None,
-        zeros,
-        leaf,
-        jnp.array([1.0, 1.0, 1.0]),
-        jnp.array([0, 2, 3]),
-    )
-    got = keep_best(state, np.array([0.5, 0.995, 0.1]), args.margin, args.patience)
-    np.testing.assert_array_equal(got.best["w"], [7, 1, 2])
-    np.testing.assert_array_equal(got.best_loss, [0.5, 1, 1])
-    np.testing.assert_array_equal(got.stale, [0, 3, 4])
-
-
-def test_a_question_is_right_when_all_of_its_answer_is():
-    segments = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
-    labels = np.array([[-100, 5, 6, -100, 7, -100], [3, 3, 3, 3, 3, -100]])
-    correct = np.array([[0, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0]], bool)[None]
-    nll = np.arange(12.0).reshape(1, 2, 6)
-    held = Held(Rows(segments, labels, segments), ["math", "language"])
-    (got,) = summarize(Scores(nll, correct, nll, correct), held)
-    assert got["math"] == 0.5
-    assert got["language"] == 0.4
-    assert got["loss"] == pytest.approx(nll[0][labels >= 0].mean())
-    assert got["tokens_held"] == pytest.approx(nll[0][segments > 0].mean())
-
-
 def refused(args, capsys):
     """The one sentence with which a run ends before it begins."""
     with pytest.raises(SystemExit) as stop:
@@ -418,26 +256,6 @@ def test_a_full_disk_is_one_sentence(unbroken, capsys, monkeypatch):
     before = (unbroken / "tokenizer.json").read_bytes()
     monkeypatch.setattr(os, "fsync", full)
     args = make_args(unbroken, specialization="all", resume=True)
-    assert refused(args, capsys) == "error: No space left on device"
+    said = f"{unbroken / 'tokenizer.json'} was not written and is as it was before"
+    assert refused(args, capsys) == f"error: {said}: No space left on device"
     assert (unbroken / "tokenizer.json").read_bytes() == before
-
-
-def test_the_command_line_picks_its_defaults():
-    assert defaults(["--smoke"]).shape.d_model < defaults(["--small"]).shape.d_model
-    assert defaults([]).shape == CognateConfig()
-    given = tyro.cli(Args, args=["--model", "speed", "--steps", "7", "--shape.layers", "2"])
-    assert (given.names, given.training.steps, given.shape.layers) == (["speed"], 7, 2)
-    assert tyro.cli(Args, args=["--specialization", "all"]).names == list(SPECIALIZATIONS)
-
-
-def test_a_loss_that_is_no_number_ends_the_run_in_a_sentence(unbroken):
-    args = make_args(unbroken)
-    problem = phase1.load_problem(args)
-    plain = ("gradient_norm", "memory_tokens", "surprise_rate", "loss_step_1")
-    acts = ("avg_halting_steps", "max_halting_steps", "min_halting_steps", "halting_variance")
-    parts = ("loss_ce", "loss_act", "loss_gate", "halt_prob_mean", "halt_prob_std")
-    measured = {name: np.ones(1) for name in (*plain, *acts, *parts)}
-    assert phase1.training_rows(args, problem, 3, measured, 1.0)["train/loss"] == 3
-    measured["loss_act"] = np.full(1, np.nan)
-    with pytest.raises(ValueError, match="reasoning model is not finite at step 3: lower"):
-        phase1.training_rows(args, problem, 3, measured, 1.0)
