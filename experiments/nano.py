@@ -316,7 +316,7 @@ def write(run: runs.Run, args: Args, spec: DecoderSpec, params, tokenizer, metri
     architecture = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     config = {**architecture, **dataclasses.asdict(spec), **ids}
     provenance = {
-        "command": "python -m experiments.nano",
+        "command": f"python -m experiments.nano --out {run.final}",
         "settings": run.config,
         "ways": {task: [f for f, _ in ways] for task, ways in WAYS.items()},
         "data_seed": args.seed,

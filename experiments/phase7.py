@@ -42,12 +42,12 @@ class Args:
     seeds: str = "0"
     """random seeds, as 0,1,2"""
     domains: tuple[str, ...] = DOMAINS
-    """one expert each: math, code, reasoning, vision, bits, sums, largest"""
+    """one expert each: math, code, reasoning, vision, bits, sums, largest, quartz (`make data`)"""
     source: Literal["procedural", "hub"] = "procedural"
     """procedural: the embedded tasks; hub: gsm8k, mbpp, ai2_arc, textvqa, whose first 1,000 rows of
     train are shared out by content over train, validation and test"""
     data: str | None = None
-    """with --source hub: a directory of local copies"""
+    """with --source hub: a directory of local copies; else that of quartz.jsonl (default data)"""
     unplanted: tuple[str, ...] = ("bits",)
     """tasks without planted frequencies, scored and reported apart"""
     reward: str = "task"

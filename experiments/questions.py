@@ -65,6 +65,11 @@ WORDINGS = {
         ("Question: What is the largest of {}?\nAnswer: ", "Largest of {}?\n", "Maximum: {}\n"),
         ("Which is the greatest: {}?\n", "Pick the biggest of {}.\n"),
     ),
+    "quartz": Wordings(
+        between("", "\nAnswer: "),
+        ("{}\nAnswer: ", "Complete the sentence. {}\n", "{}\nWhich is it?\n"),
+        ("Finish this: {}\n", "{}\nChoose.\n"),
+    ),
 }
 SHARED_FIT = ("{}\n", "Input: {}\nOutput:\n")
 SHARED_HELD_OUT = ("Question: {}\nAnswer: ", "Here is a task.\n{}\nYour answer:\n")

@@ -1,9 +1,9 @@
 """Programs of strangers, run where they can touch nothing.
 
-A program runs in namespaces of its own (user, mount, process, network, IPC, host name), in a root
-directory that holds the system's libraries and Python read-only and 16 MB of memory to write into,
-without capabilities, under limits of time, memory, processes, open files and output. Where the
-system offers no such namespaces nothing is run at all.
+A program runs in namespaces of its own (mount, process, network, IPC, host name; user too, unless
+root starts it), in a root directory that holds the system's libraries and Python read-only and
+16 MB of memory to write into, without capabilities, under limits of time, memory, processes, open
+files and output. Where the system offers no such namespaces nothing is run at all.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """forge_jax: pure-functional JAX tools that make a language model adapt itself.
 
 The rooms, from the lowest to the highest: `svf` (singular value fine-tuning), `optim`, `models`,
-`domains`, `parallel` (many devices), `rl`, `search`, `adapt`.
+`domains`, `parallel` (many devices), `rl`, `search`, `adapt`; beside them, imported by name,
+`arch` (architecture documents) and `evolve` (their search).
 """
 
 from forge_jax import adapt as adapt

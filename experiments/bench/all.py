@@ -1,4 +1,4 @@
-"""Run every race, and write the page about them.
+"""Run the races of docs/performance.md, and write the page about them.
 
     python -m experiments.bench.all runs/bench --page docs/performance.md
 

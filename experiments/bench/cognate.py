@@ -57,7 +57,7 @@ class Args:
     layers: int = 1
     window: int = 8
     distances: tuple[int, ...] = (8, 16, 32, 64)
-    """of recall and needle; the window-only stack reaches less than `reach`, in the results"""
+    """of recall and needle; the window-only stack reaches `reach` at most, see the results"""
     lengths: tuple[int, ...] = (4, 8, 16)
     """of copy"""
     terms: tuple[int, ...] = (2, 3, 4)

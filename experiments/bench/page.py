@@ -21,10 +21,11 @@ ORDER = (
 
 HEAD = """# Performance
 
-`python -m experiments.bench.all runs/bench --page docs/performance.md` runs every race and writes
-this page; one race is `python -m experiments.bench.<name> runs/bench`, and
+`python -m experiments.bench.all runs/bench --rounds 3 --page docs/performance.md` runs these races
+and writes this page; one module of them is `python -m experiments.bench.<name> runs/bench` with
+population, rl_step, four_experts, rows, generation, nsga2 or decompose, and
 `python -m experiments.bench.page runs/bench --page docs/performance.md` writes the page again. The
-optimizer's race is in `docs/optimizer.md`.
+optimizer's race is in `docs/optimizer.md`, that of architectures `experiments.bench.candidates`.
 
 How to read it:
 
@@ -40,7 +41,9 @@ How to read it:
 - The ceilings are the rates that this machine reaches on one large product and one large copy.
   What a race has to multiply and to move, counted by hand and taken at these rates, is the time
   that its share of the ceilings refers to. For the decomposition the count is that of a textbook
-  algorithm, most of which is not products.
+  algorithm, most of which is not products. The copy writes as well as it reads, and products and
+  copies are added up as if neither overlapped: where a race mostly reads, as decoding does, the
+  share can exceed 100 % and is no bound.
 - torch runs as many threads as JAX, without `torch.compile`. The race of NSGA-II needs pymoo, which
   comes with the `dev` extra.
 """
@@ -107,7 +110,10 @@ def crowded(result: Mapping[str, Any]) -> str:
     cores = result["provenance"]["cores"]
     if result["load"] <= cores + 0.5:
         return ""
-    return f" The {cores} cores were shared with other jobs: these ratios are not to be relied on."
+    return (
+        f" The load average was {result['load']:.1f} on {cores} cores, of other jobs beside this "
+        "race or shortly before it: do not rely on its ratios."
+    )
 
 
 def ceilings(result: Mapping[str, Any]) -> str:
@@ -150,7 +156,7 @@ def section(result: Mapping[str, Any]) -> str:
 def render(results: Sequence[Mapping[str, Any]]) -> str:
     """The whole page."""
     shared = [result["name"] for result in results if crowded(result)]
-    warning = f"Other jobs ran beside {', '.join(shared)}: do not rely on their ratios."
+    warning = f"The load average was above the cores in {', '.join(shared)}: do not rely on these."
     top = [HEAD, warning if shared else "", summary(results), absent(results)]
     parts = [*top, "## Machine", machine(results), *map(section, results)]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import yaml
 
+from experiments.data.corpora import CATEGORIES
 from forge_jax.models.cognate import SPECIALIZATIONS
 
-CATEGORIES = ("math", "code", "science", "reasoning", "qa", "commonsense", "language")
 TRAIN = (
     *("train/step", "train/epoch", "train/loss", "train/loss_ce", "train/loss_act"),
     *("train/loss_gate", "train/perplexity", "train/learning_rate", "train/gradient_norm"),

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import figures, page
-from experiments.cognate.metrics import CATEGORIES
+from experiments.data.corpora import CATEGORIES
 from experiments.files import write_atomic
 from experiments.views import Row
 

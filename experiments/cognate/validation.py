@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from experiments.data.corpora import CORPORA
 from experiments.data.cursor import Documents
 from experiments.data.packing import Rows, pack, stack_rows
-from forge_jax.models.cognate import Cognate, Controls, Outputs, infer
+from forge_jax.models.cognate import IGNORED, Cognate, Controls, Outputs, infer
 from forge_jax.models.cognate.loss import answers_nll
 
 Options = dict[str, int] | None
@@ -47,7 +47,7 @@ def pack_held(documents: Mapping[str, Documents], length: int, pad: int, multipl
         packed += rows
         categories += [category] * len(rows)
     short = -len(packed) % multiple
-    empty = Rows(*(np.full((1, length), fill, np.int32) for fill in (pad, -100, 0)))
+    empty = Rows(*(np.full((1, length), fill, np.int32) for fill in (pad, IGNORED, 0)))
     return Held(stack_rows([*packed, *[empty] * short]), categories + [""] * short)
 
 

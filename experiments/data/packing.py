@@ -12,8 +12,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from experiments.data.corpora import Example
-
-IGNORED = -100
+from forge_jax.models.cognate import IGNORED
 
 
 class Rows(NamedTuple):

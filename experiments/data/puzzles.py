@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from experiments.data.packing import IGNORED
+from forge_jax.models.cognate import IGNORED
 
 FILLER, QUERY, SYMBOLS = 0, 1, 2
 """tokens: what means nothing, what asks, and the first of those that mean something"""

@@ -10,6 +10,7 @@ from random import Random
 
 import numpy as np
 
+from experiments.data import exams
 from experiments.data.splits import Split, distinct
 from forge_jax.domains import Item, code, math, reasoning, vision
 
@@ -31,7 +32,7 @@ GYM = {
 }
 """reasoning-gym's name and settings; bits is the task without planted frequencies"""
 
-TASKS = ("sums", "largest", "code", "vision", *GYM)
+TASKS = ("sums", "largest", "code", "vision", "quartz", *GYM)
 """those of `procedural`"""
 
 HUB = {
@@ -106,8 +107,15 @@ def largest() -> Iterator[Item]:
         yield Item(prompt, str(max(a, b, c)))
 
 
-def procedural(domain: str, seed: int, image_token: str | None) -> Iterator[Item]:
-    """The embedded source of a domain."""
+def quartz(directory: str) -> Iterator[Item]:
+    """The questions of QuaRTz, which `make data` fetches into `directory`."""
+    return map(exams.quartz_item, exams.read_rows(Path(directory), "quartz"))
+
+
+def procedural(
+    domain: str, seed: int, image_token: str | None, directory: str | None = None
+) -> Iterator[Item]:
+    """The source of a domain that needs no hub; `directory` is where `make data` put QuaRTz."""
     if domain == "sums":
         return sums()
     if domain == "largest":
@@ -116,6 +124,8 @@ def procedural(domain: str, seed: int, image_token: str | None) -> Iterator[Item
         return programs(seed)
     if domain == "vision":
         return digits(image_token)
+    if domain == "quartz":
+        return quartz(directory or "data")
     if domain not in GYM:
         raise ValueError(f"There is no task {domain!r}; there are {', '.join(TASKS)}.")
     return gym(domain, seed)

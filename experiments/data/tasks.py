@@ -53,7 +53,7 @@ def load_items(
             raise ValueError(f"The set of {name} has no items for {', '.join(empty)}.")
         return found
     return {
-        split: take(procedural(name, 0, image_token), split, counts[split], name)
+        split: take(procedural(name, 0, image_token, directory), split, counts[split], name)
         for split in SHARES
     }
 

@@ -68,7 +68,7 @@ def held_out(task: tasks.Task, count: int, rows: int, length: int) -> tasks.Batc
 
 
 def admitted(spec: arch.Spec, setup: Setup) -> arch.Cost:
-    """Rung 0: the cost of a document whose network can be traced; nothing is compiled.
+    """The cost of a document whose network can be traced, before any rung; nothing is compiled.
 
     Raises:
       ValueError: the document is over a budget, its own or the run's.

@@ -16,7 +16,7 @@ class Common:
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """YAML documents, or directories of them; the first is the baseline"""
-    out: Annotated[Path, tyro.conf.arg(aliases=["--output"])] = Path("runs/evolution")
+    out: Annotated[Path, tyro.conf.arg(aliases=["--output"])]
     """run directory to create"""
     task: Literal["markov", "recall", "copy", "sums", "text"] = "markov"
     """what is learned; text: Python's reference manual"""
@@ -65,6 +65,8 @@ class Common:
 class Train(Common):
     """Train each document for the same steps."""
 
+    out: Annotated[Path, tyro.conf.arg(aliases=["--output"])] = Path("runs/train")
+    """run directory to create"""
     seq_len: int = 64
     """tokens of a row"""
     steps: int = 20
@@ -75,6 +77,8 @@ class Train(Common):
 class Sweep(Common):
     """Send documents through successive halving, then hurdles."""
 
+    out: Annotated[Path, tyro.conf.arg(aliases=["--output"])] = Path("runs/sweep")
+    """run directory to create"""
     asha_min: int = 10
     """steps of the first rung"""
     asha_max: int = 60
@@ -93,6 +97,8 @@ class Sweep(Common):
 class Evolve(Sweep):
     """Let documents have children, and send all through the ladder."""
 
+    out: Annotated[Path, tyro.conf.arg(aliases=["--output"])] = Path("runs/evolution")
+    """run directory to create"""
     seq_len: int = 192
     """tokens of a row"""
     batch_size: int = 6

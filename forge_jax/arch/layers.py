@@ -34,14 +34,3 @@ def make_norm(kind: NormKind, name: str, dtype: jnp.dtype) -> nn.Module:
     if kind == "RMSNorm":
         return nn.RMSNorm(epsilon=1e-6, dtype=dtype, name=name)
     return ScaleNorm(dtype, name=name)
-
-
-def split_heads(x: Float[Array, "batch time width"], heads: int) -> Float[Array, "batch h time d"]:
-    """Features of each head apart."""
-    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
-
-
-def join_heads(x: Float[Array, "batch h time d"]) -> Float[Array, "batch time width"]:
-    """The inverse of `split_heads`."""
-    x = x.swapaxes(1, 2)
-    return x.reshape(*x.shape[:2], -1)

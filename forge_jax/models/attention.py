@@ -24,6 +24,17 @@ class Cache(NamedTuple):
     index: Int[Array, ""]  # the next slot to write
 
 
+def split_heads(x: Float[Array, "batch time width"], heads: int) -> Float[Array, "batch h time d"]:
+    """Features of each head apart."""
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+def join_heads(x: Float[Array, "batch h time d"]) -> Float[Array, "batch time width"]:
+    """The inverse of `split_heads`."""
+    x = x.swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1)
+
+
 def init_cache(spec: DecoderSpec, batch: int, length: int, dtype=jnp.float32) -> Cache:
     """An empty cache with room for `length` tokens in each of `batch` rows."""
     shape = (batch, spec.num_key_value_heads, length, spec.head_dim)

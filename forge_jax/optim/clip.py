@@ -102,13 +102,7 @@ def qk_clip(
         raise ValueError(f"`threshold` must be positive, got {threshold}.")
 
     def init_fn(params):
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        chosen = [(name(p), leaf) for p, leaf in leaves if _outputs(select(name(p), leaf))]
-        for path, leaf in chosen:
-            _check_declared(path, leaf, _count(num_heads, path, leaf), layout)
-        if not chosen:
-            warnings.warn("QK-clip is on, but `select` matches no leaf of `params`.", stacklevel=2)
-        return QkClipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+        return _start(params, lambda *at: _outputs(select(*at)), num_heads, layout, "select")
 
     def update_fn(updates, state, params=None, **extra_args):
         del state, extra_args
@@ -178,13 +172,7 @@ def qk_clip_logits(
         raise ValueError(f"`num_kv_heads` must divide {num_heads=}, got {kv_heads}.")
 
     def init_fn(params):
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        chosen = [(name(p), leaf) for p, leaf in leaves if site(name(p), leaf)]
-        for path, leaf in chosen:
-            _check_declared(path, leaf, num_heads, layout)
-        if not chosen:
-            warnings.warn("QK-clip is on, but `site` matches no leaf of `params`.", stacklevel=2)
-        return QkClipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+        return _start(params, site, num_heads, layout, "site")
 
     def update_fn(updates, state, params=None, *, max_logits=None, **extra_args):
         del state, extra_args
@@ -217,6 +205,19 @@ def qk_clip_logits(
         return updates, _report(list(observed.values()), threshold)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _start(
+    params: Any, chosen: Callable[[str, Any], Any], num_heads: Any, layout: Layout, word: str
+) -> QkClipState:
+    """Check the leaves that are clipped, warn of none, and return the first state."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    clipped = [(name(path), leaf) for path, leaf in leaves if chosen(name(path), leaf)]
+    for path, leaf in clipped:
+        _check_declared(path, leaf, _count(num_heads, path, leaf), layout)
+    if not clipped:
+        warnings.warn(f"QK-clip is on, but `{word}` matches no leaf of `params`.", stacklevel=3)
+    return QkClipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
 
 def _outputs(selected: bool | slice) -> slice | None:

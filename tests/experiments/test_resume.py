@@ -46,8 +46,8 @@ TWO_SEEDS = ("--seeds=0,1", "--replace")
 
 def finished(checkpoint, out, *more, devices=1):
     line = command(checkpoint, out, *more)
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    environment = ENVIRONMENT | flags if devices > 1 else ENVIRONMENT
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = ENVIRONMENT | {"XLA_FLAGS": flags} if devices > 1 else ENVIRONMENT
     done = subprocess.run(line, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from forge_jax.arch import positions, quantize, sizes
-from forge_jax.arch.layers import join_heads, linear, split_heads
+from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.mixing import Attention
 from forge_jax.arch.schema import Arch
 from forge_jax.arch.stencils import visible
 from forge_jax.arch.structure import KVPolicy
+from forge_jax.models.attention import join_heads, split_heads
 
 NOWHERE = 2**30  # the position of an empty slot: after every query
 

@@ -7,10 +7,11 @@ from jaxtyping import Array, Float
 
 from forge_jax.arch import positions, sizes
 from forge_jax.arch.decay import State, decayed
-from forge_jax.arch.layers import join_heads, linear, split_heads
+from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.mixing import Attention, Kernel
 from forge_jax.arch.schema import Arch
+from forge_jax.models.attention import join_heads, split_heads
 
 
 def init_state(mixer: Attention, arch: Arch, batch: int, length: int, dtype: jnp.dtype) -> State:

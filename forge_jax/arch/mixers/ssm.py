@@ -6,10 +6,11 @@ import jax.numpy as jnp
 
 from forge_jax.arch import sizes
 from forge_jax.arch.decay import State, decayed
-from forge_jax.arch.layers import join_heads, linear, split_heads
+from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.mixing import SSM
 from forge_jax.arch.schema import Arch
+from forge_jax.models.attention import join_heads, split_heads
 
 STATES = 16
 

@@ -1,7 +1,7 @@
 """Sliding-window attention over a short cache, for the backbone and for the recursion.
 
-No attention here sees more than `window` tokens, so the cache of a stream keeps the last
-`window - 1` keys in order, whatever the length of the stream.
+Except with compat="reference", no attention here sees more than `window` tokens, so the cache of a
+stream keeps the last `window - 1` keys in order, whatever the length of the stream.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from forge_jax.models.attention import attend, rotary, rotate
+from forge_jax.models.attention import attend, join_heads, rotary, rotate, split_heads
 from forge_jax.models.cognate.config import CognateConfig
 
 KeysValues = tuple[
@@ -107,16 +107,6 @@ def _in_blocks(q, keys, values, segments, width: int):
     return out.reshape(batch, heads, count * width, head_dim)[:, :, :time]
 
 
-def split_heads(x: Float[Array, "batch time d"], heads: int):
-    """(batch, time, d) -> (batch, heads, time, d / heads)"""
-    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
-
-
-def merge_heads(x: Float[Array, "batch heads time head_dim"]):
-    """Undo `split_heads`."""
-    return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
-
-
 def turn_of(config: CognateConfig, heads: int, positions: Int[Array, "batch time"]):
     """Rotation of every token's heads; None where positions are learned."""
     if config.positions == "learned":
@@ -159,7 +149,7 @@ class WindowAttention(nn.Module):
             q, k = rotate(q, turn), rotate(k, turn)
         keys, values = behind(cache, (k, v))
         y = window_attention(q, keys, values, place, reach_of(config, is_backbone=True))
-        return dense("w_o")(merge_heads(y)), (keys[:, :, x.shape[1] :], values[:, :, x.shape[1] :])
+        return dense("w_o")(join_heads(y)), (keys[:, :, x.shape[1] :], values[:, :, x.shape[1] :])
 
 
 class Fused(nn.Module):
@@ -202,7 +192,7 @@ class CrossAttention(nn.Module):
         q = split_heads(self.in_proj.query(x), self.config.answer_heads)
         q = q if turn is None else rotate(q, turn)
         y = window_attention(q, *seen, place, reach_of(self.config, is_backbone=False))
-        return self.out_proj(merge_heads(y))
+        return self.out_proj(join_heads(y))
 
 
 def torch_uniform(fan_in: int):
