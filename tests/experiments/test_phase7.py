@@ -86,7 +86,6 @@ def test_plain_rewards_unit_alpha_and_ceilings(checkpoint, tmp_path):
     assert "LoRA" in (args.out / "report.html").read_text()
 
 
-@pytest.mark.slow
 def test_a_hub_set_trains_on_free_text(checkpoint, tmp_path, monkeypatch):
     """gsm8k from a local copy smaller than the counts: a response is read, not compared."""
     import datasets

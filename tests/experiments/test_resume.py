@@ -59,7 +59,6 @@ def unbroken(checkpoint, tmp_path_factory):
     return out, finished(checkpoint, out, *TWO_SEEDS)
 
 
-@pytest.mark.slow
 def test_writes_everything_it_promises(unbroken):
     out, printed = unbroken
     report = json.loads((out / "phase7.json").read_text())
@@ -77,7 +76,6 @@ def test_writes_everything_it_promises(unbroken):
     assert any(np.abs(z - 1).max() > 1e-3 for e in found.experts.values() for z in e.values())
 
 
-@pytest.mark.slow
 def test_metrics_carry_the_guides_names(unbroken):
     rows = [json.loads(line) for line in (unbroken[0] / "metrics.jsonl").read_text().splitlines()]
     names = {name for row in rows for name in row}
@@ -105,7 +103,6 @@ def documented(domains, matrices):
     return found
 
 
-@pytest.mark.slow
 def test_the_documented_names_are_those_of_a_run(unbroken):
     out, printed = unbroken
     names = {name for row in runs.rows(out) for name in row}

@@ -88,7 +88,6 @@ def test_wandb_follows_the_record(tmp_path, monkeypatch):
     assert started[0]["mode"] == "offline"
 
 
-@pytest.mark.slow
 def test_wandb_offline_for_real(tmp_path):
     pytest.importorskip("wandb")
     with opened(tmp_path / "run", {}, wandb="forge", wandb_mode="offline") as run:

@@ -191,7 +191,6 @@ def smollm2():
 
 @needs_smollm2
 @pytest.mark.smollm2
-@pytest.mark.slow
 def test_smollm2_is_what_its_card_says(smollm2):
     spec = smollm2.spec
     assert smollm2.sha256.startswith("b179c9523d0e6a0f")
@@ -203,7 +202,6 @@ def test_smollm2_is_what_its_card_says(smollm2):
 
 @needs_smollm2
 @pytest.mark.smollm2
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "ids"),
     [  # from transformers' own reading of the same file

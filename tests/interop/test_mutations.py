@@ -92,7 +92,6 @@ def test_mutants_load_what_they_declare_or_end_in_a_sentence(base):
     assert found["peak_gib"] < 2
 
 
-@pytest.mark.slow
 def test_the_command_line_ends_in_one_sentence_and_exit_code_2(base, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(base / "base" / "hf", bad)

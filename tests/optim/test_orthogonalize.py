@@ -109,7 +109,6 @@ def test_tolerance_holds_down_to_the_promised_conditioning(shape, ratio):
     assert worst(orthogonalize(x, tol=1e-4)) <= 1.1e-4
 
 
-@pytest.mark.slow
 def test_tolerance_and_gram_bound_hold_at_full_size():
     """At 320 x 1280, the shape that the docstring's promises are made for."""
     hard = conditioned(8, 320, 1280, 1e-5)

@@ -171,7 +171,6 @@ def test_a_winner_is_named_above_seed_noise_only(ours, theirs, verdict):
     assert report.against(ours, theirs)["verdict"] == verdict
 
 
-@pytest.mark.slow
 def test_kill_9_anywhere(whole, tmp_path):
     """The same in processes of their own, killed after so many events."""
     out, root = tmp_path / "run", Path(__file__).resolve().parents[3]
