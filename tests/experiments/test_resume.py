@@ -153,7 +153,6 @@ def killed(process, partial, moment):
     process.wait()
 
 
-@pytest.mark.slow
 def test_one_run_killed_three_times_ends_in_the_same_bits(checkpoint, unbroken, tmp_path):
     out, partial = tmp_path / "run", tmp_path / "run.partial"
     silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
