@@ -1,6 +1,6 @@
 """Published tests of a checkpoint and of what phase 7 made of it.
 
-    make data
+    make data demo-smollm2
     python -m experiments.exams --adapted runs/smollm2 --out runs/exams
 
 Every model answers the same questions of GSM8K, HumanEval, QuaRTz and HellaSwag. With `--adapted`,
@@ -8,12 +8,14 @@ the directory of a `experiments.phase7` run, the models are the base, each exper
 `--others` adds checkpoints such as a merged LoRA. GSM8K and HumanEval are written greedily and
 judged by the final number and by the set's own tests in a sandbox; of QuaRTz and HellaSwag the
 option with the highest log probability a byte is taken. Writes config.json and exams.json:
-accuracies, and differences to the base with paired 95 % intervals over questions.
+accuracies, and differences to the base with paired 95 % intervals over questions (adjusted as
+Bonett and Price, 2012, so that few differences do not look like certainty). The sets are samples
+and the prompts have no examples: the numbers compare these models, not with published ones.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +30,9 @@ from experiments import sandbox
 from experiments.data.batches import pad, prompt_rows
 from experiments.data.exams import NAMES, Choice, Exam, Written, load_exam
 from experiments.problem import CACHE
-from forge_jax import svf
+from forge_jax import adapt, svf
 from forge_jax.models import LogLikelihood, Questions, Respond
-from interop import load_gguf, load_phase6, load_phase8
+from interop import Checkpoint, load_gguf, load_phase6, load_phase8
 
 STEP = 64
 """prompts are padded to a multiple of so many tokens, so that few programs are compiled"""
@@ -59,26 +61,42 @@ class Args:
     """take the place of an earlier run in `out` once this one is whole"""
 
 
-def candidates(args: Args, made: models.Model, weights: models.Weights) -> Iterator[tuple]:
-    """(name, parameters) of every model, one at a time: the base, experts, mixture, others.
+def read(path: Path) -> Checkpoint:
+    """A Phase 6 file, Hugging Face directory or .gguf."""
+    return load_gguf(path) if path.suffix == ".gguf" else load_phase6(path)
+
+
+def candidates(
+    args: Args, made: models.Model, weights: models.Weights
+) -> dict[str, Callable[[], Any]]:
+    """Name -> a function that gives the parameters: the base, experts, mixture, others.
+
+    All are looked at before any is asked.
 
     Raises:
-      ValueError: the experts are of another base, or a checkpoint has another shape.
+      ValueError: the experts are of another base or selection, a checkpoint has another shape or
+        tokenizer, or two models have one name.
     """
-    yield "base", made.checkpoint.params
+    found: list[tuple[str, Callable[[], Any]]] = [("base", lambda: made.checkpoint.params)]
     if args.adapted is not None:
-        found = load_phase8(args.adapted)
-        if found.metadata.get("base_sha256") != made.checkpoint.sha256:
+        adapted = load_phase8(args.adapted)
+        if adapted.metadata.get("base_sha256") != made.checkpoint.sha256:
             raise ValueError(f"The experts in {args.adapted} are of another base.")
         materialized = jax.jit(svf.materialize)
-        for name, z in found.experts.items():
-            yield name, materialized(weights["factors"], z)
-        yield "mixture", found.params
+        for name, z in adapted.experts.items():
+            adapt.check_experts(weights["factors"], {k: v[None] for k, v in z.items()})
+            found.append((name, partial(materialized, weights["factors"], z)))
+        found.append(("mixture", lambda: adapted.params))
     for path in args.others:
-        other = load_gguf(path) if path.suffix == ".gguf" else load_phase6(path)
-        if other.spec != made.checkpoint.spec:
-            raise ValueError(f"{path} has another shape than {args.checkpoint or 'the base'}.")
-        yield path.name, other.params
+        other = read(path)
+        words = None if other.tokenizer is None else other.tokenizer.to_str()
+        if other.spec != made.checkpoint.spec or words != made.tokenizer.to_str():
+            raise ValueError(f"{path} has another shape or tokenizer than the base.")
+        found.append((f"{path.parent.name}-{path.name}", lambda path=path: read(path).params))
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Every model needs a name of its own, got {', '.join(names)}.")
+    return dict(found)
 
 
 def groups(prompts: Sequence[list[int]], size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -152,15 +170,16 @@ def respond(decoder, new_tokens: int, stops: tuple[int, ...], params, batch: Que
 
 def compared(right: np.ndarray, base: np.ndarray) -> dict[str, float]:
     """Accuracy, and the difference to the base with its 95 % interval over paired questions."""
-    less = right.astype(float) - base
-    spread = 1.96 * float(less.std(ddof=1)) / math.sqrt(len(less))
-    mean = float(less.mean())
+    gained, lost = float((right & ~base).sum()), float((base & ~right).sum())
+    count = len(right)
+    p, q = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    spread = 1.96 * math.sqrt((p + q - (p - q) ** 2) / (count + 2))
     return {
         "accuracy": float(right.mean()),
-        "difference": mean,
-        "low": mean - spread,
-        "high": mean + spread,
-        "questions": len(right),
+        "difference": (gained - lost) / count,
+        "low": p - q - spread,
+        "high": p - q + spread,
+        "questions": count,
     }
 
 
@@ -184,13 +203,18 @@ def main(args: Args) -> None:
     if not (args.resume or args.replace):
         runs.refuse_existing(args.out)
     if "humaneval" in args.exams and (why := sandbox.missing()) is not None:
-        raise ValueError(f"humaneval runs programs, and here none are run: {why}.")
+        raise ValueError(
+            f"humaneval runs programs, and here none are run: {why}. Leave it out: --exams gsm8k "
+            "quartz hellaswag."
+        )
     exams = [load_exam(args.data, name, args.items) for name in args.exams]
     made, weights = models.load(args.checkpoint or models.smollm2(), "both", CACHE)
     config = {**runs.plain(args), "base_sha256": made.checkpoint.sha256}
+    asked = candidates(args, made, weights)
     right: dict[str, dict[str, list[bool]]] = {exam.name: {} for exam in exams}
     with runs.opened(args.out, config, resume=args.resume, replace=args.replace) as run:
-        for name, params in candidates(args, made, weights):
+        for name, parameters in asked.items():
+            params = jax.device_put(parameters())
             for exam in exams:
                 sit = sit_choice if isinstance(exam.questions[0], Choice) else sit_written
                 given = partial(sit, made, params, exam, args.rows)

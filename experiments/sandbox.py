@@ -107,6 +107,8 @@ def passes(solution: str, tests: str, seconds: float = 5.0) -> bool:
     To the end, which a word drawn for this call says: a solution that leaves before it, with
     whatever exit status, has failed.
     """
+    if "\0" in solution:  # no program has one, and no command line takes one
+        return False
     word = secrets.token_hex(16)
     ran = run(f"{solution}\n{tests}\nprint({word!r})\n", seconds)
     return ran.code == 0 and ran.output.rstrip().endswith(word)

@@ -5,27 +5,27 @@
 
 The published cross-model experiment (Transformer-Squared, table 5): every expert on its own domain,
 its z as it is ("ordered") and with the z of each matrix in another order ("shuffled", several
-draws). If ordered is no better than shuffled, nothing was carried over but the spread of z.
-Differences to the target base come with paired 95 % intervals over questions.
+draws). An ordered z that is not above all of its shuffles carried nothing over but its spread.
+Tasks and their settings are those of the experts' run.
 """
 
 import dataclasses
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import tyro
 
 from experiments import problem
 from experiments import run as runs
-from experiments.exams import compared
+from experiments.data.tasks import Task
 from experiments.problem import Problem, answers
 from experiments.scoring import Mixtures
 from forge_jax import adapt
 from interop import Phase8, load_phase8
-
-ROWS = ("base", "ordered", "shuffled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,51 +38,43 @@ class Args:
     """run directory to create"""
     draws: int = 5
     """orders of every shuffled z"""
-    items: int = 300
-    """test questions of each domain"""
     seed: int = 0
     """of the orders"""
-    stop_token: bool = True
-    """an answer must end with the end-of-text token"""
+    resume: bool = False
+    """go on with a killed run in `out`"""
     replace: bool = False
     """take the place of an earlier run in `out` once this one is whole"""
 
 
 def load(args: Args) -> tuple[Problem, Phase8]:
-    """The target with its tasks, and the experts; another base is a warning.
+    """The target with the tasks of the experts' run, and the experts; another base is a warning.
 
     Raises:
       ValueError: the experts have another shape than the target.
     """
     found = load_phase8(args.experts)
-    counts: Any = {"train": 1, "validation": 1, "test": args.items}
+    theirs = runs.read_json(args.experts / "config.json")
+    counts: Any = {"train": 1, "validation": 1, "test": theirs["test_items"]}
     made = problem.set_up(
         args.to,
-        select="both",
         domains=tuple(found.experts),
         unplanted=(),
-        source="procedural",
-        data=None,
-        stop_token=args.stop_token,
         counts=counts,
-        free_tokens=128,
         chunk=8,
+        **{k: theirs[k] for k in ("select", "source", "data", "stop_token", "free_tokens")},
     )
-    z = {path: np.stack([e[path] for e in found.experts.values()]) for path in paths(found)}
+    first = next(iter(found.experts.values()))
+    z = {path: np.stack([e[path] for e in found.experts.values()]) for path in first}
     adapt.check_experts(made.weights["factors"], z)
-    theirs, ours = str(found.metadata.get("base_sha256")), made.model.checkpoint.sha256
-    if theirs != ours:
+    base, own = str(found.metadata.get("base_sha256")), made.model.checkpoint.sha256
+    if base != own:
         warnings.warn(
-            f"The experts are of the base {theirs[:12]}, this one is {ours[:12]}: a z says how far "
-            "each singular value of its own base is scaled.",
+            f"The experts are of the base {base[:12]}, this one is {own[:12]}: a z says how far "
+            "each singular value of its own base is scaled, so that what follows is measured "
+            "elsewhere than it was trained.",
             stacklevel=2,
         )
     return made, found
-
-
-def paths(found: Phase8) -> list[str]:
-    """Those of the matrices that have a z."""
-    return list(next(iter(found.experts.values())))
 
 
 def orders(z: dict[str, np.ndarray], draws: int, rng: np.random.Generator):
@@ -92,43 +84,41 @@ def orders(z: dict[str, np.ndarray], draws: int, rng: np.random.Generator):
     }
 
 
-def measure(made: Problem, found: Phase8, draws: int, seed: int) -> dict[str, Any]:
-    """Domain -> row -> accuracy, and the difference to the base with its interval.
-
-    A question's mark under "shuffled" is the mean over the draws.
-    """
-    rng = np.random.default_rng(seed)
-    out: dict[str, Any] = {}
-    for task in made.tasks:
-        candidates = orders(found.experts[task.name], draws, rng)
-        alphas = np.concatenate([np.zeros((1, draws + 1)), np.eye(draws + 1)]).astype(np.float32)
-        asked = (task.batches["test"], task, answers(task, "test"))
-        correct = made.scorer(made.weights, Mixtures(candidates, alphas), *asked).correct
-        marks = dict(zip(ROWS, (correct[0], correct[1], correct[2:].mean(axis=0)), strict=True))
-        out[task.name] = {row: compared(mark, marks["base"]) for row, mark in marks.items()}
-        out[task.name]["ordered less shuffled"] = compared(marks["ordered"], marks["shuffled"])
-    return out
+def measure(made: Problem, task: Task, z, draws: int, seed: int) -> dict[str, Any]:
+    """Test accuracy of the base, of the ordered z, and of every shuffled one."""
+    rng = np.random.default_rng([seed, crc32(task.name.encode())])
+    alphas = np.concatenate([np.zeros((1, draws + 1)), np.eye(draws + 1)]).astype(np.float32)
+    asked = (task.batches["test"], task, answers(task, "test"))
+    mixtures = Mixtures(orders(z, draws, rng), alphas)
+    base, ordered, *shuffled = made.scorer(made.weights, mixtures, *asked).correct.mean(axis=1)
+    return {
+        "base": float(base),
+        "ordered": float(ordered),
+        "shuffled": [float(x) for x in shuffled],
+    }
 
 
 @runs.clean_errors()
 def main(args: Args) -> None:
     """Measure and print."""
-    if args.draws < 1 or args.items < 2:
-        raise ValueError("`draws` must be at least 1 and `items` at least 2.")
-    if not args.replace:
+    if args.draws < 1:
+        raise ValueError(f"`draws` must be at least 1, got {args.draws}.")
+    if not (args.resume or args.replace):
         runs.refuse_existing(args.out)
     made, found = load(args)
     config = {**runs.plain(args), "base_sha256": made.model.checkpoint.sha256}
-    with runs.opened(args.out, config, replace=args.replace) as run:
-        rows = measure(made, found, args.draws, args.seed)
+    with runs.opened(args.out, config, resume=args.resume, replace=args.replace) as run:
+        rows = {}
+        for task in made.tasks:
+            given = (made, task, found.experts[task.name], args.draws, args.seed)
+            rows[task.name] = runs.once(run, task.name, partial(measure, *given))
         runs.write_json(run.path / "transfer.json", rows)
         done = runs.finish(run)
-    print("own domain, %" + "".join(f"{row:>10}" for row in ROWS) + "  ordered less shuffled")
+    print("own domain, %     base  ordered  shuffled")
     for name, row in rows.items():
-        less = row["ordered less shuffled"]
-        said = "".join(f"{100 * row[r]['accuracy']:10.1f}" for r in ROWS)
-        low, high = 100 * less["low"], 100 * less["high"]
-        print(f"{name:13}{said}  {100 * less['difference']:+.1f} ({low:+.1f} to {high:+.1f})")
+        draws = 100 * np.array(row["shuffled"])
+        said = f"{draws.mean():.1f} ({draws.min():.1f} to {draws.max():.1f})"
+        print(f"{name:15} {100 * row['base']:6.1f}   {100 * row['ordered']:6.1f}  {said}")
     print(f"written: {done / 'transfer.json'}")
 
 

@@ -17,7 +17,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # A test runs its programs a few times only: half the work of compiling them well.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+if QUICK not in os.environ.get("XLA_FLAGS", ""):  # a worker has them from its parent
+    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

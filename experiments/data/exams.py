@@ -57,10 +57,20 @@ def hellaswag(row: dict[str, Any]) -> Choice:
     return Choice(prompt, tuple(f" {x}" for x in row["endings"]), row["expected_index"])
 
 
+BLANK = "_____"
+
+
 def quartz(row: dict[str, Any]) -> Choice:
-    """Which of two words ends the sentence? The options' letters are not shown."""
+    """Which of two words fills the blank, answers the question or ends the sentence?
+
+    The options' letters are not shown. After a blank the rest of the sentence is part of both.
+    """
     stem, options, right = quartz_parts(row)
-    return Choice(stem, tuple(f" {x}" for x in options), right)
+    before, blank, rest = stem.partition(BLANK)
+    if blank:
+        return Choice(before.rstrip(), tuple(f" {x}{rest}" for x in options), right)
+    prompt = f"{stem}\nAnswer:" if stem.endswith("?") else stem
+    return Choice(prompt, tuple(f" {x}" for x in options), right)
 
 
 def quartz_parts(row: dict[str, Any]) -> tuple[str, tuple[str, ...], int]:
@@ -69,7 +79,7 @@ def quartz_parts(row: dict[str, Any]) -> tuple[str, tuple[str, ...], int]:
     options = [line.strip() for line in listed.splitlines() if line.strip()]
     if [option[:2] for option in options] != ["A:", "B:"]:
         raise KeyError("A: and B:")
-    return stem.strip(), tuple(x[2:].strip() for x in options), "AB".index(row["ideal"])
+    return stem.strip(), tuple(x[2:].strip() for x in options), {"A": 0, "B": 1}[row["ideal"]]
 
 
 def quartz_item(row: dict[str, Any]) -> Item:
@@ -98,7 +108,10 @@ def read_rows(directory: Path, name: str) -> list[dict[str, Any]]:
 
 
 def load_exam(directory: Path, name: str, count: int) -> Exam:
-    """The first `count` questions; of QuaRTz those of the test split, training never sees them.
+    """The first `count` questions; of QuaRTz those of the test split.
+
+    Training never sees those, but QuaRTz comes in pairs, of which one turns the other round, and a
+    pair may lie on both sides of a split by content.
 
     Raises:
       ValueError: the file is missing, or its fields are others.
@@ -107,9 +120,12 @@ def load_exam(directory: Path, name: str, count: int) -> Exam:
     try:
         if name == "quartz":
             rows = list(quartz_rows(rows, "test"))
-        return Exam(name, [READERS[name](r) for r in rows[:count]], NEW_TOKENS.get(name, 0))
-    except (KeyError, TypeError) as error:
+        exam = Exam(name, [READERS[name](r) for r in rows[:count]], NEW_TOKENS.get(name, 0))
+    except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"The rows of {directory / name}.jsonl lack {error}.") from error
+    if len(exam.questions) < 2:
+        raise ValueError(f"{directory / name}.jsonl has fewer than two questions.")
+    return exam
 
 
 def quartz_rows(rows: list[dict[str, Any]], split: Split) -> list[dict[str, Any]]:

@@ -74,6 +74,7 @@ def download(package: str, folder: Path) -> Path:
       ValueError: pip cannot get it.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:"]  # a source archive would run its own build
     command += ["--disable-pip-version-check", "--dest", str(folder), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = sorted(folder.glob("*.whl"))

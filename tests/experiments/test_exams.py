@@ -5,6 +5,7 @@ import hashlib
 import json
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -46,10 +47,19 @@ def peer(made, tmp_path_factory):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+def quartz_of(content):
+    return {"input": [{"role": "user", "content": content}], "ideal": "A"}
+
+
 def test_rows_become_questions():
     assert sets.quartz(QUARTZ) == sets.Choice(
         "More resistors. The resistance", (" increases", " falls"), 1
     )
+    blank = sets.quartz(quartz_of("A river runs _____ in spring.\n\n A: faster\n B: slower"))
+    assert blank.prompt == "A river runs"
+    assert blank.options == (" faster in spring.", " slower in spring.")
+    asked = sets.quartz(quartz_of("Which is it?\n\n A: hot\n B: cold"))
+    assert asked.prompt == "Which is it?\nAnswer:"
     item = sets.quartz_item(QUARTZ)
     assert item.answer == "falls"
     assert "increases, falls" in item.prompt
@@ -172,14 +182,17 @@ def test_the_responses_are_those_of_transformers(made, peer):
 
 
 def test_the_interval_is_that_of_paired_questions():
+    """Bonett and Price 2012, equation 4: one added to both counts, two to the number."""
     rng = np.random.default_rng(0)
     base, right = rng.random(200) < 0.4, rng.random(200) < 0.5
     got = exams.compared(right, base)
-    d = right.astype(int) - base.astype(int)
-    half = 1.96 * np.sqrt(((d - d.mean()) ** 2).sum() / 199 / 200)
+    table = {(a, b): int(((right == a) & (base == b)).sum()) for a in (0, 1) for b in (0, 1)}
+    p12, p21 = (table[1, 0] + 1) / 202, (table[0, 1] + 1) / 202
+    half = 1.96 * np.sqrt((p12 + p21 - (p12 - p21) ** 2) / 202)
     assert got["difference"] == pytest.approx(right.mean() - base.mean())
-    assert got["low"] == pytest.approx(d.mean() - half)
-    assert got["high"] == pytest.approx(d.mean() + half)
+    assert (got["low"], got["high"]) == pytest.approx((p12 - p21 - half, p12 - p21 + half))
+    same = exams.compared(base, base)
+    assert same["low"] < 0 == same["difference"] < same["high"]
 
 
 def test_experts_of_another_base_are_refused(made, checkpoint, monkeypatch):
@@ -189,4 +202,16 @@ def test_experts_of_another_base_are_refused(made, checkpoint, monkeypatch):
     monkeypatch.setattr(exams, "load_phase8", lambda _: Other)
     args = exams.Args(adapted=checkpoint.parent)
     with pytest.raises(ValueError, match="are of another base"):
-        list(exams.candidates(args, *made))
+        exams.candidates(args, *made)
+
+
+def test_models_are_looked_at_before_any_is_asked(made, checkpoint):
+    found = exams.candidates(exams.Args(others=(checkpoint,)), *made)
+    name = f"{checkpoint.parent.name}-{checkpoint.name}"
+    assert list(found) == ["base", name]
+    ours, theirs = (jax.tree.leaves(found[n]()) for n in ("base", name))
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    with pytest.raises(ValueError, match="a name of its own"):
+        exams.candidates(exams.Args(others=(checkpoint, checkpoint)), *made)
+    with pytest.raises(ValueError, match="another shape or tokenizer"):
+        exams.candidates(exams.Args(others=(model.NANO,)), *made)

@@ -1,19 +1,22 @@
-"""Experts on another base: warned of, refused where the shape differs, and compared with chance."""
+"""Experts on another base: warned of, refused where the shape differs, beside their shuffles."""
 
+import dataclasses
+import json
 import warnings
 from types import SimpleNamespace
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
 
 from experiments import transfer
-from experiments.data import tasks
 from forge_jax import svf
 
 
-def given(z, sha, checkpoint, **more):
+def given(z, sha) -> Any:
     """A run's experts, as `load_phase8` returns them."""
-    return SimpleNamespace(experts=z, metadata={"base_sha256": sha}, checkpoint=checkpoint, **more)
+    return SimpleNamespace(experts=z, metadata={"base_sha256": sha})
 
 
 @pytest.fixture(scope="module")
@@ -39,40 +42,58 @@ def test_orders_keep_every_value_and_the_first_is_the_z(made):
         assert all((row != x).any() for row in got[path][1:])
 
 
-def load(monkeypatch, checkpoint, experts, sha):
-    monkeypatch.setattr(transfer, "load_phase8", lambda _: given(experts, sha, None))
-    return transfer.load(transfer.Args(experts=checkpoint, to=checkpoint, items=6))
+SETTINGS = {"test_items": 6, "select": "both", "source": "procedural", "data": None}
+SETTINGS |= {"stop_token": True, "free_tokens": 16}
 
 
-def test_another_base_is_a_warning_and_another_shape_an_error(made, checkpoint, monkeypatch):
+def load(monkeypatch, folder, checkpoint, experts, sha):
+    (folder / "config.json").write_text(json.dumps(SETTINGS))
+    monkeypatch.setattr(transfer, "load_phase8", lambda _: given(experts, sha))
+    return transfer.load(transfer.Args(experts=folder, to=checkpoint))
+
+
+def test_another_base_is_a_warning_and_another_shape_an_error(
+    made, checkpoint, tmp_path, monkeypatch
+):
     own = made[0].checkpoint.sha256
     with warnings.catch_warnings(action="error"):
-        load(monkeypatch, checkpoint, {"math": made[1]}, own)
+        load(monkeypatch, tmp_path, checkpoint, {"math": made[1]}, own)
     with pytest.warns(UserWarning, match="are of the base 0123"):
-        load(monkeypatch, checkpoint, {"math": made[1]}, "0123")
+        load(monkeypatch, tmp_path, checkpoint, {"math": made[1]}, "0123")
     short = {path: x[:-1] for path, x in made[1].items()}
     with pytest.raises(ValueError, match="do not fit the model"):
-        load(monkeypatch, checkpoint, {"math": short}, own)
+        load(monkeypatch, tmp_path, checkpoint, {"math": short}, own)
 
 
-def test_rows_are_the_models_alone(made, checkpoint, monkeypatch):
-    """The mark of every row is that of its z, materialized."""
-    target, found = load(monkeypatch, checkpoint, {"bits": made[1]}, made[0].checkpoint.sha256)
-    got = transfer.measure(target, found, draws=2, seed=3)["bits"]
+def test_rows_are_the_models_alone(made, checkpoint, tmp_path, monkeypatch):
+    """Every accuracy is that of its z, materialized."""
+    sha = made[0].checkpoint.sha256
+    target, found = load(monkeypatch, tmp_path, checkpoint, {"bits": made[1]}, sha)
     (task,) = target.tasks
-    orders = transfer.orders(made[1], 2, np.random.default_rng(3))
+    got = transfer.measure(target, task, found.experts["bits"], draws=2, seed=3)
+    rng = np.random.default_rng([3, crc32(b"bits")])
+    candidates = transfer.orders(made[1], 2, rng)
     identity = svf.identity(target.weights["factors"])
 
-    def mark(z):
+    def accuracy(z):
         params = svf.materialize(target.weights["factors"], z)
-        wanted = tasks.first(task.batches["test"], None)
-        answers = [item.answer for item in task.items["test"]]
-        return target.params_scorer(params, target.weights["projector"], wanted, task, answers)
+        wanted = [item.answer for item in task.items["test"]]
+        projector, batch = target.weights["projector"], task.batches["test"]
+        return target.params_scorer(params, projector, batch, task, wanted).mean()
 
-    rows = [mark({p: x[i] for p, x in orders.items()}) for i in range(3)]
-    assert got["base"]["accuracy"] == mark(identity).mean()
-    assert got["ordered"]["accuracy"] == rows[0].mean()
-    assert got["shuffled"]["accuracy"] == pytest.approx(np.mean(rows[1:]))
-    less = got["ordered less shuffled"]
-    assert less["difference"] == pytest.approx(rows[0].mean() - np.mean(rows[1:]))
-    assert less["low"] <= less["difference"] <= less["high"]
+    rows = [accuracy({p: x[i] for p, x in candidates.items()}) for i in range(3)]
+    assert got == {"base": accuracy(identity), "ordered": rows[0], "shuffled": rows[1:]}
+
+
+def test_a_run_goes_on_where_it_was(made, checkpoint, tmp_path, monkeypatch, capsys):
+    """What is measured is measured once; the numbers printed are those of the file."""
+    sha = made[0].checkpoint.sha256
+    load(monkeypatch, tmp_path, checkpoint, {"bits": made[1]}, sha)
+    args = transfer.Args(experts=tmp_path, to=checkpoint, out=tmp_path / "out", draws=2)
+    row = {"base": 0.25, "ordered": 0.5, "shuffled": [0.125, 0.375]}
+    monkeypatch.setattr(transfer, "measure", lambda *_: row)
+    transfer.main(args)
+    monkeypatch.setattr(transfer, "measure", lambda *_: pytest.fail("measured twice"))
+    transfer.main(dataclasses.replace(args, resume=True))
+    assert json.loads((args.out / "transfer.json").read_text()) == {"bits": row}
+    assert "25.0     50.0  25.0 (12.5 to 37.5)" in capsys.readouterr().out
