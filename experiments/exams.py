@@ -84,7 +84,8 @@ def candidates(
             raise ValueError(f"The experts in {args.adapted} are of another base.")
         materialized = jax.jit(svf.materialize)
         for name, z in adapted.experts.items():
-            adapt.check_experts(weights["factors"], {k: v[None] for k, v in z.items()})
+            own: Any = {k: v[None] for k, v in z.items()}
+            adapt.check_experts(weights["factors"], own)
             found.append((name, partial(materialized, weights["factors"], z)))
         found.append(("mixture", lambda: adapted.params))
     for path in args.others:
@@ -119,10 +120,9 @@ def sit_choice(made: models.Model, params, exam: Exam, rows: int) -> np.ndarray:
     width = -(-max(map(len, options)) // 8) * 8
     logp = np.zeros(len(asked))
     for chosen, length in groups(prompts, rows):
-        batch = Questions(
-            *pad([prompts[i] for i in chosen], length, 0, left=True),
-            *pad([options[i] for i in chosen], width, 0, left=False),
-        )
+        asked_for: Any = pad([prompts[i] for i in chosen], length, 0, left=True)
+        offered: Any = pad([options[i] for i in chosen], width, 0, left=False)
+        batch = Questions(*asked_for, *offered)
         logp[chosen] = likelihood(made.decoder, params, batch)
     per_byte = iter(logp / [len(o.encode()) for _, o in asked])
     right = []
@@ -138,8 +138,8 @@ def sit_written(made: models.Model, params, exam: Exam, rows: int) -> np.ndarray
     prompts = prompt_rows(made.tokenizer, [q.prompt for q in exam.questions], made.bos)
     written = [""] * len(prompts)
     for chosen, length in groups(prompts, rows):
-        tokens, mask = pad([prompts[i] for i in chosen], length, 0, left=True)
-        batch = Questions(tokens, mask, tokens[:, :0], mask[:, :0])
+        rows_of: Any = pad([prompts[i] for i in chosen], length, 0, left=True)
+        batch = Questions(*rows_of, *(x[:, :0] for x in rows_of))
         out = respond(made.decoder, exam.new_tokens, made.stops, params, batch)
         said = models.texts(made, np.asarray(out.tokens), np.asarray(out.mask))
         for i, text in zip(chosen, said, strict=True):

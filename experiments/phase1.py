@@ -79,7 +79,8 @@ def ends_epoch(step: int, args: Args) -> bool:
 
 def training_rows(args: Args, problem: Problem, step: int, measured, speed: float) -> runs.Row:
     """The metrics of every model at the update number `step`."""
-    rate = float(schedule(args.training, args.training.muon_lr)(step - 1))
+    scheduled: Any = schedule(args.training, args.training.muon_lr)(step - 1)
+    rate = float(scheduled)
     row: dict[str, Any] = {}
     for k, model in enumerate(problem.specializations):
         own = metrics.training_row(

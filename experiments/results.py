@@ -61,7 +61,7 @@ def choose(
     cut, _ = scored(np.broadcast_to(alphas[best], alphas.shape), ranks)
     twin = last_kept(cut, cut[0] - twin_loss)
     rank = float(ranks[twin])
-    shapes = [leaf.u.shape[:1] + leaf.vt.shape[1:] for leaf in leaves(problem)]
+    shapes = [(leaf.u.shape[0], leaf.vt.shape[1]) for leaf in leaves(problem)]
     saves = search.cost.memory(shapes, rank, 0.0) < search.cost.memory(shapes, 1.0, 0.0)
     return Chosen(alphas[best], rank if saves else 1.0)
 

@@ -64,7 +64,7 @@ def load(args: Args) -> tuple[Problem, Phase8]:
         **{k: theirs[k] for k in ("select", "source", "data", "stop_token", "free_tokens")},
     )
     first = next(iter(found.experts.values()))
-    z = {path: np.stack([e[path] for e in found.experts.values()]) for path in first}
+    z: Any = {path: np.stack([e[path] for e in found.experts.values()]) for path in first}
     adapt.check_experts(made.weights["factors"], z)
     base, own = str(found.metadata.get("base_sha256")), made.model.checkpoint.sha256
     if base != own:

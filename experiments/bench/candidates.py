@@ -100,7 +100,7 @@ def retention(x: torch.Tensor, p: Tensors, layer: int, heads: int) -> torch.Tens
     return (gate * out.transpose(1, 2).flatten(2)) @ p["body/mix/mixer_0/out/kernel"][layer]
 
 
-def logits(tokens: torch.Tensor, p: Tensors, heads: int, mixer: Callable) -> torch.Tensor:
+def logits(tokens: torch.Tensor, p: Tensors, heads: Any, mixer: Callable) -> torch.Tensor:
     """The whole network."""
 
     def normed(x: torch.Tensor, name: str, layer: int | None = None) -> torch.Tensor:

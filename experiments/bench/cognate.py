@@ -150,7 +150,7 @@ def train(args: Args, task: Task, arm: str, seeds: list[int]):
     with runs.progress(args.steps, arm) as advance:
         for step in range(args.steps):
             drawn = [task.draw(np.random.default_rng([s, step]), args.batch) for s in seeds]
-            batch = tuple(
+            batch: Any = tuple(
                 np.stack([leaf[None] for leaf in leaves])
                 for leaves in zip(*(rows_of(p) for p in drawn), strict=True)
             )
@@ -161,7 +161,7 @@ def train(args: Args, task: Task, arm: str, seeds: list[int]):
 
 def every(controls: Controls, count: int) -> Controls:
     """The same controls for `count` models."""
-    return Controls(*(np.full(count, c, np.float32) for c in controls))
+    return jax.tree.map(lambda c: np.full(count, c, np.float32), controls)
 
 
 def run_arm(args: Args, task: Task, arm: str, seeds: list[int]) -> dict[str, Result]:

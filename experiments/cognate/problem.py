@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ class Problem(NamedTuple):
     @property
     def pad(self) -> int:
         """The id of the padding token."""
-        return self.tokenizer.token_to_id(PAD)
+        return id_of(self.tokenizer, PAD)
 
     def digest(self) -> str:
         """A hash of all tokens, by which a resumed run knows its texts again."""
@@ -98,7 +98,7 @@ def load(
         bpe = train_bpe((e.prompt + e.answer for e in some), config.vocab_size, SPECIALS)
     else:
         bpe = load_tokenizer(tokenizer, SPECIALS, config.vocab_size)
-    eos, pad = (bpe.token_to_id(t) for t in (EOS, PAD))
+    eos, pad = (id_of(bpe, t) for t in (EOS, PAD))
 
     def encoded(by_set):
         return {n: encode_all(bpe, e, eos, length, config.vocab_size) for n, e in by_set.items()}
@@ -110,6 +110,13 @@ def load(
     held = pack_held(encoded(texts.validation), length, pad, held_rows)
     found = [SPECIALIZATIONS[n] for n in names]
     return Problem(Cognate(config), found, bpe, train_documents, held, steps, seed)
+
+
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that every tokenizer here has."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None
+    return found
 
 
 def shares_at(problem: Problem, step: int, name: str) -> dict[str, float]:
@@ -135,5 +142,5 @@ def next_batch(
         )
         drawn.append([x.reshape(parts, rows, length) for x in got])
         cursors.append(after)
-    batch = tuple(np.stack(leaves) for leaves in zip(*drawn, strict=True))
+    batch: Any = tuple(np.stack(leaves) for leaves in zip(*drawn, strict=True))
     return batch, {name: np.stack([c[name] for c in cursors]) for name in cursor}

@@ -211,7 +211,8 @@ def make_update(
         grads, metrics = gradient(model, settings, params, batch, controls, key)
         leaves = jax.tree.leaves(grads)
         metrics["gradient_norm"] = optax.tree.norm(grads)
-        metrics["trainable_params"] = sum(g.size * (g != 0).any() for g in leaves)
+        trainable: Any = sum(g.size * (g != 0).any() for g in leaves)
+        metrics["trainable_params"] = trainable
         updates, opt_state = tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         decay = jnp.minimum(settings.average_decay, (1.0 + step) / (10.0 + step))
@@ -228,12 +229,13 @@ def make_update(
 
     def update(state: State, batch: Batch, controls: Controls):
         trained, metrics = compiled(tuple(state[:4]), batch, controls)
-        return State(*trained, *state[4:]), metrics
+        after: Any = (*trained, *state[4:])
+        return State(*after), metrics
 
     return update
 
 
-def keep_best(state: State, loss: Float[Array, " models"], margin: float, patience: int) -> State:
+def keep_best(state: State, loss: Float[Any, " models"], margin: float, patience: int) -> State:
     """Keep the average of each model whose loss fell by `margin`; one out of patience is done."""
     loss = jnp.asarray(loss, jnp.float32)
     is_better = (loss < state.best_loss - margin) & (state.stale < patience)

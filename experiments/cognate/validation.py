@@ -29,10 +29,10 @@ class Held(NamedTuple):
 class Scores(NamedTuple):
     """What models say of rows; the first two have no meaning where no label is."""
 
-    nll: Float[np.ndarray, "models rows time"]  # of the last answer, nats
-    correct: Bool[np.ndarray, "models rows time"]
-    tokens_held: Float[np.ndarray, "models rows time"]  # in memory after the token
-    surprising: Bool[np.ndarray, "models rows time"]  # above the model's threshold
+    nll: Float[Any, "models rows time"]  # of the last answer, nats
+    correct: Bool[Any, "models rows time"]
+    tokens_held: Float[Any, "models rows time"]  # in memory after the token
+    surprising: Bool[Any, "models rows time"]  # above the model's threshold
 
 
 def pack_held(documents: Mapping[str, Documents], length: int, pad: int, multiple: int) -> Held:
@@ -170,6 +170,7 @@ def make_halting(
             jax.block_until_ready(stopped(params, controls))
             spent.append(time.perf_counter() - began)
         means = found.answers[real], found.nll[labelled], found.correct[labelled]
-        return Halting(*(float(x.mean()) for x in means), int(real.sum()) / min(spent))
+        answers, nll, correct = (float(x.mean()) for x in means)
+        return Halting(answers, nll, correct, int(real.sum()) / min(spent))
 
     return measure

@@ -59,7 +59,7 @@ def use_directory(path: Path | None) -> None:
     """
     if path is None:
         return
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
         jax.config.update("jax_compilation_cache_dir", str(path.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -65,7 +65,8 @@ def test_nothing_in_the_window_arm_comes_from_beyond_its_reach():
     params = jax.tree.map(lambda p: 9 * p if p.ndim > 1 else p, params)
 
     def answers(tokens) -> Any:
-        return model.apply({"params": params}, tokens).answers[-1, 0]
+        out: Any = model.apply({"params": params}, tokens)
+        return out.answers[-1, 0]
 
     compiled = jax.jit(answers, compiler_options={"xla_backend_optimization_level": 0})
     changed = tokens.copy()

@@ -63,7 +63,9 @@ def last_checkpoint(out):
     problem = phase1.load_problem(args)
     state = initial(problem.model, None, problem.keys())
     template = phase1.Stand(state, problem.start(), np.zeros(3, np.int64), 0.0)
-    note, stand = checkpoints.restore_latest(out / "checkpoints" / "state", template)
+    found = checkpoints.restore_latest(out / "checkpoints" / "state", template)
+    assert found is not None
+    note, stand = found
     return note["step"], stand
 
 

@@ -1,5 +1,7 @@
 """The whole chain against NumPy in float64: filter, Muon, AdamW, decay and projection together."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -71,7 +73,7 @@ def test_20_steps_of_the_chain():
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    got = jax.lax.scan(step, (start, tx.init(start)), grads)[1]
+    got: Any = jax.lax.scan(step, (start, tx.init(start)), grads)[1]
     for name, w in start.items():
         want, outside = reference(w, grads[name], name, config)
         axes = tuple(range(1, want.ndim))

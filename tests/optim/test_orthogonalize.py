@@ -191,7 +191,9 @@ def test_gram_form_saves_what_is_claimed(shape, share):
     m, n = shape
     assert multiplications(m, n) / (5 * m * m * (2 * n + m)) == pytest.approx(share, abs=5e-3)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    flops = jax.jit(optim.orthogonalize).lower(x).cost_analysis()["flops"]
+    analysis = jax.jit(optim.orthogonalize).lower(x).cost_analysis()
+    assert analysis is not None
+    flops = analysis["flops"]
     # XLA counts the body of a loop once, and optax's whole form is a loop of five.
     counted = multiplications(m, n) / (5 if share == 1 else 1)
     assert flops / 2 / counted == pytest.approx(1, abs=0.03)

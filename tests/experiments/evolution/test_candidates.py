@@ -4,6 +4,7 @@ One tiny structure serves all tests: what is compiled once is met again.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def test_a_rung_that_resumes_is_a_longer_rung(cache, tmp_path):
     resumed = candidates.evaluate(setup, cache, kept, document(), "a", 20, 30)
     assert untimed(resumed) == untimed(whole)
     assert whole.score != half.score
-    found = whole.metrics
+    found: Any = whole.metrics
     assert found["loss_final"] < found["loss_start"] - 0.1
     assert found["score"] == pytest.approx(np.mean(found["score_by_seed"]))
     gap = abs(found["score_by_seed"][0] - found["score_by_seed"][1])
