@@ -53,7 +53,7 @@ class Args:
     """of the experts' training and of the classification expert"""
     items: int = 64
     """questions of each domain in every measured set"""
-    fit_items: int = 160
+    fit_items: int = 480
     """questions of each domain that the dispatchers are fitted on"""
     expert_steps: int = 100
     """updates of the classification expert"""

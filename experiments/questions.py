@@ -37,22 +37,54 @@ def between(start: str, end: str) -> Callable[[str], str]:
 WORDINGS = {
     "math": Wordings(
         between("Calculate ", ".\n"),
-        ("Calculate {}.\n", "What is {}?\n", "{} =\n"),
+        (
+            "Calculate {}.\n",
+            "What is {}?\n",
+            "{} =\n",
+            "Compute the value of {}\n",
+            "Please evaluate: {}\n",
+            "Tell me the result of {}.\n",
+            "{} equals\n",
+        ),
         ("Work out {}.\n", "How much is {}?\n"),
     ),
     "code": Wordings(
         between("What does this program print?\n", "\n"),
-        ("What does this program print?\n{}\n", "Output of this code:\n{}\n", "Run this:\n{}\n"),
+        (
+            "What does this program print?\n{}\n",
+            "Output of this code:\n{}\n",
+            "Run this:\n{}\n",
+            "Execute these lines.\n{}\n",
+            "{}\nOutput?\n",
+            "{}\nTell me the result.\n",
+            "I wrote a script.\n{}\nWhat comes out of it?\n",
+        ),
         ("Say what the following prints.\n{}\n", "{}\nWhat is printed?\n"),
     ),
     "reasoning": Wordings(
         between("", "\n"),
-        ("{}\n", "Riddle: {}\n", "Think about this. {}\n"),
+        (
+            "{}\n",
+            "Riddle: {}\n",
+            "Think about this. {}\n",
+            "Consider a family. {}\n",
+            "{} Please reply.\n",
+            "{}\nHow many are there?\n",
+            "Can you say it? {}\n",
+        ),
         ("Solve the puzzle. {}\n", "{} Tell me.\n"),
     ),
     "vision": Wordings(
         between("", "\nWhich digit is this?\n"),
-        ("{}\nWhich digit is this?\n", "{}\nRead the image.\n", "Look: {}\nWhat number?\n"),
+        (
+            "{}\nWhich digit is this?\n",
+            "{}\nRead the image.\n",
+            "Look: {}\nWhat number?\n",
+            "{}\nTell me the number.\n",
+            "I see {}\n",
+            "Please recognise {}\n",
+            "{}\nWhat was written here?\n",
+        ),
         ("{}\nWhat does the picture show?\n", "Name the digit in {}\n"),
     ),
     "sums": Wordings(
@@ -71,7 +103,14 @@ WORDINGS = {
         ("Finish this: {}\n", "{}\nChoose.\n"),
     ),
 }
-SHARED_FIT = ("{}\n", "Input: {}\nOutput:\n")
+SHARED_FIT = (
+    "{}\n",
+    "Input: {}\nOutput:\n",
+    "User: {}\nAssistant:\n",
+    "Exercise 7. {}\nSolution:\n",
+    "Please help me with this.\n{}\n",
+    "{}\nThank you.\n",
+)
 SHARED_HELD_OUT = ("Question: {}\nAnswer: ", "Here is a task.\n{}\nYour answer:\n")
 """wordings of all domains alike"""
 

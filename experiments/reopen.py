@@ -5,6 +5,7 @@ python -m experiments.reopen runs/demo
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,15 @@ class Args:
     """directory with phase7.json"""
 
 
-def largest_difference(directory: Path, rows: int = 8, length: int = 32) -> float:
-    """Largest |logit difference| of transformers and JAX on random tokens, over max(1, |logit|)."""
+class Differences(NamedTuple):
+    """From PyTorch's logits in float64: the largest difference, over max(1, |logit|)."""
+
+    jax: float  # in float32
+    torch: float  # in float32: what rounding alone does
+
+
+def differences(directory: Path, rows: int = 8, length: int = 32) -> Differences:
+    """How far the logits of random tokens are from those that transformers computes in float64."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -31,11 +39,15 @@ def largest_difference(directory: Path, rows: int = 8, length: int = 32) -> floa
     tokens = np.random.default_rng(0).integers(0, adapted.spec.vocab_size, (rows, length))
     theirs = AutoModelForCausalLM.from_pretrained(directory / "huggingface", dtype=torch.float32)
     with torch.inference_mode():
-        wanted = theirs(torch.from_numpy(tokens)).logits.numpy()
+        rounded = theirs(torch.from_numpy(tokens)).logits.numpy()
+        wanted = theirs.double()(torch.from_numpy(tokens)).logits.numpy()
     # a GPU's default products keep ten bits, torch's all: the files would seem to differ
     with jax.default_matmul_precision("highest"):
         got, _ = Decoder(adapted.spec).apply({"params": adapted.params}, jnp.asarray(tokens))  # pyright: ignore
-    return float(np.abs(np.asarray(got) - wanted).max() / max(1, np.abs(wanted).max()))
+    scale = max(1, np.abs(wanted).max())
+    return Differences(
+        *(float(np.abs(x - wanted).max() / scale) for x in (np.asarray(got), rounded))
+    )
 
 
 def check(directory: Path) -> str:
@@ -51,12 +63,15 @@ def check(directory: Path) -> str:
         loaded = torch.load(directory / f"z_vectors_{domain}.pt", weights_only=True)
         if len(loaded) != len(z):
             raise ValueError(f"z_vectors_{domain}.pt holds {len(loaded)} vectors, not {len(z)}.")
-    difference = largest_difference(directory)
-    if difference > 1e-4:
-        raise ValueError(f"{directory} computes other logits in PyTorch: off by {difference:.1e}.")
+    difference = differences(directory)
+    # a single random token can be so placed that float32 itself is off by 1e-4
+    if difference.jax > max(1e-4, 4 * difference.torch):
+        raise ValueError(
+            f"{directory} computes other logits in PyTorch: off by {difference.jax:.1e}."
+        )
     return (
         f"re-opened in PyTorch: {len(found.experts)} experts of {len(z)} z vectors, model logits "
-        f"equal to JAX within {difference:.1e}"
+        f"equal to JAX within {difference.jax:.1e} (float32 in PyTorch: {difference.torch:.1e})"
     )
 
 
