@@ -78,10 +78,12 @@ SMOLLM2 = Args(
     domains=("sums", "largest"),
     stop_token=False,
     items=10,
-    fit_items=40,
+    fit_items=72,
     expert_steps=30,
     shot_tests=20,
-    training=Settings(steps=20, prompts=12, samples=16, learning_rate=5e-3, decay=True),
+    training=Settings(
+        steps=20, prompts=12, samples=16, learning_rate=3e-3, decay=True, kl_coefficient=0.0
+    ),
 )
 PRESETS = {
     "nano": ("the shipped nano checkpoint, four domains", Args()),

@@ -2,12 +2,13 @@
 
 Each domain's model is trained as its expert is: same loss, same draws, same optimizer chain,
 best step on validation; only what is trained differs, and the learning rate that suits it. They
-take all their steps, an expert may stop before.
+take all their steps, an expert may stop before. The two forms train side by side.
 """
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
+from threading import Event
 from typing import Any, NamedTuple
 
 import jax
@@ -69,8 +70,12 @@ def accuracy(problem: Problem, params, task: Task, split) -> float:
     return float(right.mean())
 
 
-def train(problem: Problem, weights: Weights, ceiling: Ceiling, task: Task, seed: int):
-    """The parameters at the best validation accuracy, that accuracy, bytes of what was trained."""
+def train(problem: Problem, weights: Weights, ceiling: Ceiling, task: Task, seed: int, stop: Event):
+    """The parameters at the best validation accuracy, that accuracy, bytes of what was trained.
+
+    Raises:
+      InterruptedError: `stop` was set before the last step.
+    """
     tx = make_tx(ceiling.settings)
     state = init_state(ceiling.form, weights, tx, 1, runs.key(seed, "start"), ceiling.settings)
 
@@ -79,6 +84,8 @@ def train(problem: Problem, weights: Weights, ceiling: Ceiling, task: Task, seed
         return np.array([accuracy(problem, params, task, "validation")], np.float32)
 
     def step(state, number):
+        if stop.is_set():
+            raise InterruptedError(f"The ceiling of {task.name} was stopped.")
         return ceiling.step(weights, state, [task], seed, number)
 
     state = fitted(step, validate, ceiling.settings, state)
@@ -90,27 +97,37 @@ def measure(
     run: runs.Run, problem: Problem, ceilings: dict[str, Ceiling], seed: int
 ) -> dict[str, Any]:
     """For each ceiling, test accuracy on each domain of the model trained on it, and its bytes."""
-    weights = dense_weights(problem)
-
-    def one(ceiling: Ceiling, task: Task) -> dict[str, float]:
-        params, _, size = train(problem, weights, ceiling, task, seed)
-        return {"accuracy": accuracy(problem, params, task, "test"), "bytes": size}
-
-    def of(name: str) -> dict[str, Any]:
-        found = {}
-        for task in problem.tasks:
-            key = f"seed{seed}-{ceiling_key(name)}-{task.name}"
-            found[task.name] = runs.once(run, key, partial(one, ceilings[name], task))
-            advance(1)
-        scores = {domain: x["accuracy"] for domain, x in found.items()}
-        return {"accuracy": scores, "bytes": max(x["bytes"] for x in found.values())}
-
     if not ceilings:
         return {}
+    weights, stop = dense_weights(problem), Event()
     shown = runs.progress(len(ceilings) * len(problem.tasks), f"ceilings, seed {seed}")
-    # One form alone leaves a third of two cores idle: its products are small.
-    with shown as advance, ThreadPoolExecutor(len(ceilings)) as pool:
-        return dict(zip(ceilings, pool.map(of, ceilings), strict=True))
+    # One form alone leaves a third of two cores idle: its products are small. Rewards that run
+    # programs have wall limits, and those take turns.
+    workers = len(ceilings) if all(task.is_exact for task in problem.tasks) else 1
+
+    with shown as advance, ThreadPoolExecutor(workers) as pool:
+
+        def one(ceiling: Ceiling, task: Task) -> dict[str, float]:
+            params, _, size = train(problem, weights, ceiling, task, seed, stop)
+            return {"accuracy": accuracy(problem, params, task, "test"), "bytes": size}
+
+        def of(name: str) -> dict[str, Any]:
+            found = {}
+            for task in problem.tasks:
+                key = f"seed{seed}-{ceiling_key(name)}-{task.name}"
+                found[task.name] = runs.once(run, key, partial(one, ceilings[name], task))
+                advance(1)
+            scores = {domain: x["accuracy"] for domain, x in found.items()}
+            return {"accuracy": scores, "bytes": max(x["bytes"] for x in found.values())}
+
+        futures = {name: pool.submit(of, name) for name in ceilings}
+        try:
+            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()  # for those that are still at it: one has failed, or Ctrl-C came
+        for future in done:
+            future.result()
+        return {name: future.result() for name, future in futures.items()}
 
 
 def ceiling_key(name: str) -> str:

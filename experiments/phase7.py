@@ -112,7 +112,7 @@ PRESETS = {
                 samples=16,
                 learning_rate=3e-3,
                 decay=True,
-                # At full marks the KL alone has a gradient, and Adam gives it whole steps.
+                # where all samples are right the KL alone has a gradient: docs/log.md
                 kl_coefficient=0.0,
             ),
             mixing=mixture.Settings(

@@ -24,14 +24,14 @@ class Args:
 
 
 class Differences(NamedTuple):
-    """From PyTorch's logits in float64: the largest difference, over max(1, |logit|)."""
+    """From PyTorch's logits by products in float64, over the largest |logit| (at least 1)."""
 
-    jax: float  # in float32
-    torch: float  # in float32: what rounding alone does
+    jax: float  # all in float32
+    torch: float  # all in float32: what rounding does there
 
 
 def differences(directory: Path, rows: int = 8, length: int = 32) -> Differences:
-    """How far the logits of random tokens are from those that transformers computes in float64."""
+    """How far logits of random tokens are from transformers' with float64 products."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -63,15 +63,17 @@ def check(directory: Path) -> str:
         loaded = torch.load(directory / f"z_vectors_{domain}.pt", weights_only=True)
         if len(loaded) != len(z):
             raise ValueError(f"z_vectors_{domain}.pt holds {len(loaded)} vectors, not {len(z)}.")
-    difference = differences(directory)
-    # a single random token can be so placed that float32 itself is off by 1e-4
-    if difference.jax > max(1e-4, 4 * difference.torch):
+    off = differences(directory)
+    # Among random tokens SmolLM2 has one at which PyTorch's own float32 is 8e-5 off.
+    limit = min(1e-3, max(1e-4, 4 * off.torch))
+    if not off.jax <= limit:
         raise ValueError(
-            f"{directory} computes other logits in PyTorch: off by {difference.jax:.1e}."
+            f"{directory} computes other logits in PyTorch: {off.jax:.1e} off, where {limit:.1e} "
+            f"is allowed and PyTorch's own float32 is {off.torch:.1e} off."
         )
     return (
-        f"re-opened in PyTorch: {len(found.experts)} experts of {len(z)} z vectors, model logits "
-        f"equal to JAX within {difference.jax:.1e} (float32 in PyTorch: {difference.torch:.1e})"
+        f"re-opened in PyTorch: {len(found.experts)} experts of {len(z)} z vectors, JAX's logits "
+        f"within {off.jax:.1e} of PyTorch's"
     )
 
 

@@ -1,6 +1,5 @@
 """Muon: momentum with its singular values set to one (Jordan et al. 2024)."""
 
-import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -52,10 +51,6 @@ def scale_by_muon(
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must lie in [0, 1), got {momentum}.")
     schedule(coeffs, steps)
-    # Traced once for each shape, not for each leaf: a fifth of the time until the chain runs.
-    orthogonal_matrices = jax.jit(
-        functools.partial(orthogonalize_and_count, steps=steps, coeffs=coeffs, tol=tol)
-    )
 
     def init_fn(params):
         vectors = [
@@ -80,7 +75,8 @@ def scale_by_muon(
 
         def orthogonal(path, m, g):
             dims = layout(name(path), m)
-            matrices, count = orthogonal_matrices(to_matrices(m, dims))
+            matrices = to_matrices(m, dims)
+            matrices, count = orthogonalize_and_count(matrices, steps, coeffs, tol)
             taken.append(count.astype(jnp.int32))
             return from_matrices(matrices, m.shape, dims).astype(g.dtype)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from experiments import experts, mixture, phase7, reopen
+from experiments import experts, mixture, phase7
 from experiments import run as runs
 from experiments.forms import SVF, z_of
 from experiments.problem import score_all
@@ -61,7 +61,7 @@ def test_the_other_ways_through(first_layers, tmp_path):
 
 
 @pytest.mark.slow
-def test_plain_rewards_unit_alpha_and_ceilings(checkpoint, tmp_path, monkeypatch):
+def test_plain_rewards_unit_alpha_and_ceilings(checkpoint, tmp_path):
     args = args_for(
         tmp_path,
         checkpoint=checkpoint,
@@ -84,14 +84,6 @@ def test_plain_rewards_unit_alpha_and_ceilings(checkpoint, tmp_path, monkeypatch
     assert summary["ceilings"]["SVF"]["bytes"] == 4 * sum(v.size for v in z.values())
     assert set(summary["ceilings"]["SVF"]["accuracy"]) == {"vision"}
     assert "LoRA" in (args.out / "report.html").read_text()
-    same = reopen.differences(args.out)
-    assert max(same) < 1e-5
-    found = load_phase8(args.out)
-    wrong = jax.tree.map(lambda w: 1.01 * w, found.checkpoint.params)
-    other = found._replace(checkpoint=found.checkpoint._replace(params=wrong))
-    monkeypatch.setattr(reopen, "load_phase8", lambda _: other)
-    with pytest.raises(ValueError, match="other logits in PyTorch"):
-        reopen.check(args.out)
 
 
 def test_a_hub_set_trains_on_free_text(checkpoint, tmp_path, monkeypatch):
