@@ -8,6 +8,7 @@ settings on the nano checkpoint.
 
 import dataclasses
 from pathlib import Path
+from threading import Event
 
 import jax
 import numpy as np
@@ -65,7 +66,8 @@ def main(args: Args) -> None:
         for rate in args.ceiling_rates:
             ceiling = ceilings.make_ceilings(problem, settings, {name: rate})[name]
             found[name][rate] = {
-                t.name: ceilings.train(problem, weights, ceiling, t, args.seed)[1] for t in tasks
+                t.name: ceilings.train(problem, weights, ceiling, t, args.seed, Event())[1]
+                for t in tasks
             }
             print(name, rate, found[name][rate], flush=True)
         write_json(args.out, found)
