@@ -48,6 +48,8 @@ class Args:
     """directory of a phase7 run on that checkpoint"""
     others: tuple[Path, ...] = ()
     """further checkpoints of the same shape and tokenizer"""
+    only: tuple[str, ...] = ()
+    """models that sit, such as mixture; the base always does; all unless given"""
     data: Path = Path("data")
     """where `make data` put the sets"""
     exams: tuple[Literal["gsm8k", "humaneval", "quartz", "hellaswag"], ...] = NAMES
@@ -97,7 +99,10 @@ def candidates(
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
         raise ValueError(f"Every model needs a name of its own, got {', '.join(names)}.")
-    return dict(found)
+    if unknown := [name for name in args.only if name not in names]:
+        raise ValueError(f"`--only` must be among {', '.join(names)}, got {', '.join(unknown)}.")
+    chosen = {"base", *args.only} if args.only else names
+    return {name: parameters for name, parameters in found if name in chosen}
 
 
 def groups(prompts: Sequence[list[int]], size: int) -> Iterator[tuple[np.ndarray, int]]:

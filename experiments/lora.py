@@ -136,7 +136,7 @@ def train(args: Args, model: Any, rows: dict[str, list[Any]]) -> dict[str, Any]:
                 break
         used += time.perf_counter() - start
         losses.append(validate(model, rows["validation"], args.batch))
-        print(f"{used:.0f} of {args.seconds:.0f} s, {steps} steps: validation loss {losses[-1]:.3f}")
+        print(f"{used:.0f} s, {steps} steps: validation loss {losses[-1]:.3f}", flush=True)
         if losses[-1] == min(losses):
             best = [p.detach().clone() for p in trained]
     for parameter, value in zip(trained, best, strict=True):

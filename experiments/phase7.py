@@ -166,7 +166,9 @@ def check_settings(args: Args) -> None:
         ("unplanted", args.unplanted, TASKS),
     ):
         if unknown := [n for n in names if n not in there]:
-            wrong.append(f"`{option}` must be among {', '.join(there)}, got {', '.join(unknown)}")
+            wrong.append(f"`--{option}` must be among {', '.join(there)}, got {', '.join(unknown)}")
+    if both := [n for n in args.unplanted if n in args.domains]:
+        wrong.append(f"`--unplanted` must not name a domain that has an expert: {', '.join(both)}")
     if wrong:
         raise ValueError(", ".join(wrong) + ".")
 

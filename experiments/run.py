@@ -162,9 +162,19 @@ def check_resumable(path: Path, settings: dict[str, Any]) -> None:
     old = read_json(path / CONFIG)
     if old == settings:
         return
-    names = [k for k in sorted(old | settings) if old.get(k) != settings.get(k)]
-    changed = ", ".join(f"{k} (was {old.get(k)!r}, now {settings.get(k)!r})" for k in names)
+    was, now = leaves(old), leaves(settings)
+    names = [k for k in sorted(was | now) if was.get(k) != now.get(k)]
+    changed = ", ".join(f"{k} (was {was.get(k)!r}, now {now.get(k)!r})" for k in names)
     raise ValueError(f"{path} was started with other settings: {changed}.")
+
+
+def leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one flat dict, names joined by dots."""
+    out: dict[str, Any] = {}
+    for name, value in settings.items():
+        is_group = isinstance(value, dict) and value
+        out |= leaves(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
+    return out
 
 
 def hold(path: Path) -> IO[str]:

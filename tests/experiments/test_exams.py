@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import shutil
 import zipfile
 
 import jax
@@ -215,3 +216,12 @@ def test_models_are_looked_at_before_any_is_asked(made, checkpoint):
         exams.candidates(exams.Args(others=(checkpoint, checkpoint)), *made)
     with pytest.raises(ValueError, match="another shape or tokenizer"):
         exams.candidates(exams.Args(others=(model.NANO,)), *made)
+
+
+def test_some_models_may_stay_away_but_not_the_base(made, checkpoint, tmp_path):
+    other = shutil.copytree(checkpoint.parent, tmp_path / "other") / checkpoint.name
+    given = exams.Args(others=(checkpoint, other), only=(f"other-{other.name}",))
+    assert list(exams.candidates(given, *made)) == ["base", f"other-{other.name}"]
+    unknown = exams.Args(others=(checkpoint,), only=("mixture",))
+    with pytest.raises(ValueError, match=r"`--only` must be among base, .*, got mixture"):
+        exams.candidates(unknown, *made)

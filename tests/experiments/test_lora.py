@@ -40,7 +40,8 @@ def test_only_the_answers_have_labels(checkpoint):
         assert (labels[~live] == lora.IGNORED).all()
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
+# peft asks transformers for what it calls otherwise now
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_what_is_written_is_the_trained_model(experts, checkpoint, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -179,6 +179,7 @@ class Args:
     out: Path
     steps: int = 40
     domains: tuple[str, ...] = ("math", "code")
+    rates: dict[str, float] = dataclasses.field(default_factory=lambda: {"z": 0.1, "kl": 0.2})
     resume: bool = False
 
 
@@ -189,11 +190,16 @@ def test_resume_needs_the_same_settings(tmp_path):
             pass
     with opened(args.out, args):
         pass
-    assert read_json(args.out / "config.json") == {"steps": 40, "domains": ["math", "code"]}
+    assert read_json(args.out / "config.json") == {
+        "steps": 40,
+        "domains": ["math", "code"],
+        "rates": {"z": 0.1, "kl": 0.2},
+    }
     with opened(args.out, dataclasses.replace(args, resume=True), resume=True):
         pass
-    changed = dataclasses.replace(args, steps=60)
-    with pytest.raises(ValueError, match=r"other settings: steps \(was 40, now 60\)"):
+    changed = dataclasses.replace(args, steps=60, rates={"z": 0.1, "kl": 0.3})
+    both = r"other settings: rates.kl \(was 0.2, now 0.3\), steps \(was 40, now 60\)\.$"
+    with pytest.raises(ValueError, match=both):
         with opened(args.out, changed, resume=True):
             pass
 
