@@ -31,7 +31,7 @@ class Ways(NamedTuple):
     head: adapt.ClassifierDispatch
 
 
-def in_chunks(function: Callable[[Any], Any], asked: Asked, size: int = 256) -> Any:
+def in_chunks(function: Callable[[Any], Any], asked: Asked, size: int = 64) -> Any:
     """`function` of `size` rows at a time, the last ones padded, so that it compiles once."""
     count = len(asked.label)
     index = np.minimum(np.arange(-(-count // size) * size), count - 1)

@@ -15,7 +15,8 @@ from experiments.files import read_json, write_atomic, write_json
 
 # in the order of the page
 ORDER = (
-    *("population_scoring", "population_generation", "rl_step", "four_experts", "rows"),
+    *("population_scoring", "population_few_shot", "population_generation"),
+    *("rl_step", "four_experts", "rows"),
     *("generation", "nsga2", "decompose"),
 )
 

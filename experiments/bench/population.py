@@ -44,6 +44,9 @@ FULL = (
     (Shape(256, 6, 50), {PUBLIC: 12.0, TORCH: 1.5}),
     (Shape(768, 2, 16), {PUBLIC: 15.0, TORCH: 0.95}),
     (Shape(256, 6, 16, rows=4, new_tokens=16), {PUBLIC: 5.0}),
+    # few-shot: a generation of CEM on ten shots, at the width of SmolLM2-135M and of Qwen2-1.5B
+    (Shape(576, 2, 32, rows=10, tokens=14), {}),
+    (Shape(1536, 1, 32, rows=10, tokens=12), {PUBLIC: 10.0}),
 )
 
 
@@ -149,7 +152,14 @@ def title(shape: Shape) -> str:
     who = f"{shape.population} mixtures of {shape.experts} experts"
     if shape.new_tokens:
         return f"{who}, each continues {shape.rows} prompts by {shape.new_tokens} greedy tokens"
-    return f"{who}, causal loss on {shape.rows * shape.tokens} tokens each"
+    rows = f"{shape.rows} shots of " * (shape.rows > 1)
+    return f"{who}, causal loss on {rows}{shape.tokens} tokens each"
+
+
+def name(shape: Shape) -> str:
+    """What is raced, and the width."""
+    what = "generation" if shape.new_tokens else "few_shot" if shape.rows > 1 else "scoring"
+    return f"population_{what}_{shape.hidden}"
 
 
 def work(case: decoders.Case, shape: Shape) -> race.Work:
@@ -181,7 +191,7 @@ def make(shape: Shape, floors: dict[str, float], dtype: str) -> race.Race:
         TORCH: folded(case, *given),
     }
     return race.Race(
-        name=f"population_{'generation' if shape.new_tokens else 'scoring'}_{shape.hidden}",
+        name=name(shape),
         title=title(shape),
         settings=dataclasses.asdict(shape),
         entries=entries,

@@ -41,6 +41,11 @@ MAKERS = {
         {race.PUBLIC: EASY},
         "float32",
     ),
+    "few_shot": lambda: population.make(
+        population.Shape(16, 1, 3, experts=2, rows=2, tokens=5, vocab=23),
+        {race.PUBLIC: EASY},
+        "float32",
+    ),
     "rl_step": lambda: rl_step.make(STEP, {race.PUBLIC: EASY}, "float32"),
     "experts": lambda: four_experts.make(rl_step.Shape(16, 1, 2, 5, 23, experts=2), "float32"),
     "train_gpt": lambda: candidates.make(TINY, EASY, retained=False),
@@ -261,7 +266,8 @@ def test_the_page_has_every_race_and_every_floor(tmp_path):
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     wanted = ["Machine", *(measured(n)["name"] for n in ("scored", "rl_step", "gpt2", "nsga2"))]
     assert titles == [f"## {title}" for title in wanted]
-    assert "Not run here: population_generation, four_experts, rows, decompose." in text
+    absent = "population_few_shot, population_generation, four_experts, rows, decompose"
+    assert f"Not run here: {absent}." in text
     assert text.count("missed by 100.0 %") == 1
     assert len(read_json(tmp_path / "result.json")["races"]) == 4
     assert page.render(page.read(tmp_path)) == text  # result.json is no race
