@@ -26,7 +26,17 @@ import jax
 import tyro
 
 from experiments import run as runs
-from experiments.evolution import candidates, lineage, plan, programs, report, search, shown, tasks
+from experiments.evolution import (
+    candidates,
+    lineage,
+    plan,
+    programs,
+    report,
+    search,
+    shocks,
+    shown,
+    tasks,
+)
 from experiments.evolution.candidates import Setup, adapted, held_out
 from experiments.evolution.settings import Evolve, Sweep, Train, check, settings_of
 from experiments.files import read_json, write_json
@@ -153,9 +163,12 @@ def set_up(args: Train | Sweep) -> tuple[dict[str, arch.Spec], Setup]:
 
 
 def fresh(args: Train | Sweep, setup: Setup) -> Setup:
-    """The same with seeds that no search has seen."""
+    """The same with seeds that no search has seen, and with shocks."""
     first = args.seed * SEEDS + SEEDS // 2
-    return setup._replace(seeds=tuple(first + k for k in range(args.deep_seeds)))
+    return setup._replace(
+        seeds=tuple(first + k for k in range(args.deep_seeds)),
+        shocks=shocks.make(setup.held_out, setup.task.vocabulary),
+    )
 
 
 def facts(args: Train | Sweep, setup: Setup) -> dict[str, Any]:
@@ -217,6 +230,7 @@ def train(args: Train | Sweep) -> int:
         jax.config.update("jax_platforms", args.device)
     programs.use_directory(args.cache)
     specs, setup = set_up(args)
+    again = fresh(args, setup) if args.deep_steps else None
     settings = settings_of(args, len(specs))
     if args.plan:
         print(plan.described(specs, setup, settings))
@@ -231,8 +245,7 @@ def train(args: Train | Sweep) -> int:
             given: dict[str, Any] = {"show": show, "deadline": args.time_budget}
             evaluate, seeds = evaluation(run, cache, setup), list(specs.values())
             events, late = search.search(run, evaluate, seeds, settings, seed=args.seed, **given)
-            if args.deep_steps and not late:
-                again = fresh(args, setup)
+            if again and not late:
                 given |= {"count": args.deep_top_k, "steps": args.deep_steps}
                 evaluate = evaluation(run, cache, again)
                 _, late = search.deepen(run, evaluate, events, seeds=again.seeds, **given)

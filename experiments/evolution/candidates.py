@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.evolution import programs, tasks, training
+from experiments.evolution import programs, shocks, tasks, training
 from forge_jax import arch, evolve
 
 
@@ -42,6 +42,7 @@ class Setup(NamedTuple):
     limits: Limits = NO_LIMITS
     references: Mapping[str, arch.Cost] = {}  # what budget.flops_target may name
     step_flops: float | None = None  # FLOPs of a row that the ladder's steps are of; None: steps
+    shocks: shocks.Shocks | None = None  # measured too where there are some
 
 
 class Store(NamedTuple):
@@ -181,6 +182,7 @@ def evaluate(
     metrics = {"steps": until, "compile_s": compile_s, **speed(clocks, setup)}
     metrics |= measured(states, scores, setup)
     metrics |= cost_metrics(spent, setup, until, metrics["score"])
+    metrics |= shocked(ready, states, knobs, setup)
     objectives = (spent.train_flops / setup.length, float(spent.params), spent.kv_bytes)
     return evolve.Result(metrics["score"], objectives, metrics)
 
@@ -217,6 +219,21 @@ def measured(
         "avg_confidence": float(total.confidence.sum() / total.in_bin.sum()),
         "accuracy": float(total.correct.sum() / total.in_bin.sum()),
     }
+
+
+def shocked(
+    ready: programs.Programs, states: tuple[training.State, ...], knobs: Any, setup: Setup
+) -> dict[str, float]:
+    """What the run's shocks do to the networks, means over the seeds; empty without shocks."""
+    if setup.shocks is None:
+        return {}
+
+    def nats(state: training.State, found: tasks.Batches) -> float:
+        score = ready.score(state.params, found, knobs)
+        return float(score.nats.sum() / score.count.sum())
+
+    rows = [shocks.measured(functools.partial(nats, state), setup.shocks) for state in states]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 LOSSES = ("first_loss", "last_loss")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -97,7 +98,10 @@ def test_a_sweep_writes_what_it_promises(sweep, capsys):
     best = max((a, b), key=lambda x: x["best_steps"])
     assert best["metrics"]["score"] == best["stages"][-1]["score"]
     assert len(built["deep_evaluations"]) == 2
-    assert built["deep_evaluations"][0]["seeds"] == [500, 501]
+    deep = built["deep_evaluations"][0]
+    assert deep["seeds"] == [500, 501]
+    assert all(math.isfinite(deep["metrics"][name]) for name in ("error_recovery", "needle"))
+    assert "needle" not in a["metrics"]  # of the best alone
     for i, name in enumerate("abc"):
         spec = arch.parse((out / f"gen_0/variant_{i}.yaml").read_text())
         assert arch.fingerprint(spec) == runs.read_json(out / "config.json")["documents"][name]
