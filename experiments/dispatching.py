@@ -32,7 +32,10 @@ class Ways(NamedTuple):
 
 
 def in_chunks(function: Callable[[Any], Any], asked: Asked, size: int = 64) -> Any:
-    """`function` of `size` rows at a time, the last ones padded, so that it compiles once."""
+    """`function` of `size` rows at a time, the last ones padded, so that it compiles once.
+
+    Small sets on a large model would spend most of a larger `size` on padding.
+    """
     count = len(asked.label)
     index = np.minimum(np.arange(-(-count // size) * size), count - 1)
     parts = [function(asked.rows(part)) for part in index.reshape(-1, size)]

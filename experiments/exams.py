@@ -49,7 +49,8 @@ class Args:
     others: tuple[Path, ...] = ()
     """further checkpoints of the same shape and tokenizer"""
     only: tuple[str, ...] = ()
-    """models that sit, such as mixture; the base always does; all unless given"""
+    """models that sit, such as mixture or lora-merged (of runs/lora/merged), and the base; all
+    unless given"""
     data: Path = Path("data")
     """where `make data` put the sets"""
     exams: tuple[Literal["gsm8k", "humaneval", "quartz", "hellaswag"], ...] = NAMES

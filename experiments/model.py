@@ -83,7 +83,7 @@ def load(
         svf.transform(decoder),
         tokenizer,
         first_token(checkpoint),
-        eos if isinstance(eos, int) else eos[0],
+        end_token(checkpoint),
         (eos,) if isinstance(eos, int) else tuple(eos),
         image_token,
     )
@@ -100,6 +100,12 @@ def first_token(checkpoint: Checkpoint) -> int | None:
     added = tokenizer.encode("", add_special_tokens=True).ids[:1]
     bos = checkpoint.config.get("bos_token_id")
     return bos if added == [bos] else None
+
+
+def end_token(checkpoint: Checkpoint) -> int:
+    """The token that ends an answer: the first, where a config names several."""
+    eos = checkpoint.config["eos_token_id"]
+    return eos if isinstance(eos, int) else eos[0]
 
 
 def images(weights: Weights, batch: Batch):

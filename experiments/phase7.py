@@ -49,7 +49,7 @@ class Args:
     data: str | None = None
     """with --source hub: a directory of local copies; else that of quartz.jsonl (default data)"""
     unplanted: tuple[str, ...] = ("bits",)
-    """tasks without planted frequencies, scored and reported apart"""
+    """tasks without planted frequencies, scored and reported apart; not those with an expert"""
     reward: str = "task"
     """task: that of each task's data; exact, numeric, unit_tests (in a sandbox), or your own
     package.module:function; an answer counts as right where it is above 0"""
@@ -167,8 +167,6 @@ def check_settings(args: Args) -> None:
     ):
         if unknown := [n for n in names if n not in there]:
             wrong.append(f"`--{option}` must be among {', '.join(there)}, got {', '.join(unknown)}")
-    if both := [n for n in args.unplanted if n in args.domains]:
-        wrong.append(f"`--unplanted` must not name a domain that has an expert: {', '.join(both)}")
     if wrong:
         raise ValueError(", ".join(wrong) + ".")
 
@@ -192,7 +190,7 @@ def load(args: Args) -> Problem:
         cache=args.cache,
         max_full=args.max_full,
         domains=args.domains,
-        unplanted=args.unplanted,
+        unplanted=[name for name in args.unplanted if name not in args.domains],
         source=args.source,
         data=args.data,
         stop_token=args.stop_token,

@@ -163,7 +163,8 @@ def check_resumable(path: Path, settings: dict[str, Any]) -> None:
     if old == settings:
         return
     was, now = leaves(old), leaves(settings)
-    names = [k for k in sorted(was | now) if was.get(k) != now.get(k)]
+    absent = object()
+    names = [k for k in sorted(was | now) if was.get(k, absent) != now.get(k, absent)]
     changed = ", ".join(f"{k} (was {was.get(k)!r}, now {now.get(k)!r})" for k in names)
     raise ValueError(f"{path} was started with other settings: {changed}.")
 
@@ -172,8 +173,10 @@ def leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one flat dict, names joined by dots."""
     out: dict[str, Any] = {}
     for name, value in settings.items():
-        is_group = isinstance(value, dict) and value
-        out |= leaves(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
+        if isinstance(value, dict) and value:
+            out |= leaves(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
     return out
 
 

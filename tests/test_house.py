@@ -26,6 +26,7 @@ ROOMS = {
 FOREIGN = {
     *("torch", "transformers", "tokenizers", "safetensors", "gguf", "datasets", "wandb"),
     *("orbax", "matplotlib", "tyro", "tensorboardX", "tqdm", "rich", "sklearn", "reasoning_gym"),
+    *("peft", "trl", "accelerate"),
 }
 FILES = {"os", "io", "pathlib", "shutil", "tempfile", "pickle", "subprocess", "socket", "urllib"}
 CALLS = {

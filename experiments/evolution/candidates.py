@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.evolution import programs, shocks, tasks, training
+from experiments.evolution import programs, tasks, training
+from experiments.evolution.shocks import Shocks
+from experiments.evolution.shocks import measured as shock_metrics
 from forge_jax import arch, evolve
 
 
@@ -42,7 +44,7 @@ class Setup(NamedTuple):
     limits: Limits = NO_LIMITS
     references: Mapping[str, arch.Cost] = {}  # what budget.flops_target may name
     step_flops: float | None = None  # FLOPs of a row that the ladder's steps are of; None: steps
-    shocks: shocks.Shocks | None = None  # measured too where there are some
+    shocks: Shocks | None = None  # measured too where there are some
 
 
 class Store(NamedTuple):
@@ -232,7 +234,7 @@ def shocked(
         score = ready.score(state.params, found, knobs)
         return float(score.nats.sum() / score.count.sum())
 
-    rows = [shocks.measured(functools.partial(nats, state), setup.shocks) for state in states]
+    rows = [shock_metrics(functools.partial(nats, state), setup.shocks) for state in states]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 

@@ -22,10 +22,12 @@ class Shocks(NamedTuple):
 def swapped(held_out: Batches) -> tuple[Batches, Batches]:
     """Two neighbouring tokens in the middle of each row change places.
 
-    Scored are the task's own targets behind the two, which are what they were.
+    The first has an even place, so that in tasks of pairs the two are one pair. Scored are the
+    task's own targets behind the two. Where the swap changes what they can be inferred from (it may
+    hit what is asked for later) no network recovers wholly.
     """
     length = held_out.scored.shape[-1]
-    at = length // 2
+    at = -(-length // 4) * 2
     tokens = held_out.tokens.copy()
     tokens[..., [at, at + 1]] = held_out.tokens[..., [at + 1, at]]
     scored = held_out.scored & (np.arange(length) > at)
@@ -33,48 +35,55 @@ def swapped(held_out: Batches) -> tuple[Batches, Batches]:
 
 
 def needles(held_out: Batches, vocabulary: int, seed: int = 0) -> tuple[Batches, Batches]:
-    """Random tokens, among them one pair a, b; at the end a again: is b expected?
+    """Random tokens, among them a, b, c in a row; at the end a again: is b expected?
 
-    a stands nowhere else. Scored is b alone. In the row without the needle another token follows
-    the first a.
+    a stands nowhere else. Scored is b alone. In the row without the needle b and c have changed
+    places: it holds the same tokens, and c follows the first a.
     """
     rng = np.random.default_rng(seed)
     shape = held_out.tokens.shape
     length = shape[-1] - 1
-    a, b, other = np.moveaxis(
+    a, b, c = np.moveaxis(
         rng.permuted(np.tile(np.arange(vocabulary), (*shape[:-1], 1)), axis=-1)[..., :3], -1, 0
     )
     tokens = rng.integers(vocabulary - 1, size=shape)
     tokens += tokens >= a[..., None]  # any token but a
-    place = rng.integers(max(1, length // 2), size=shape[:-1])[..., None]
-    for value, where in ((a, place), (a, length - 1), (b, length)):
-        np.put_along_axis(tokens, np.broadcast_to(where, place.shape), value[..., None], -1)
-    without = tokens.copy()
-    np.put_along_axis(tokens, place + 1, b[..., None], -1)
-    np.put_along_axis(without, place + 1, other[..., None], -1)
+    place = rng.integers(max(1, length // 2 - 1), size=shape[:-1])[..., None]
+
+    def row(second, third):
+        found = tokens.copy()
+        places = (place, place + 1, place + 2, length - 1, length)
+        for value, where in zip((a, second, third, a, b), places, strict=True):
+            np.put_along_axis(found, np.broadcast_to(where, place.shape), value[..., None], -1)
+        return found.astype(np.int32)
+
     scored = np.broadcast_to(np.arange(length) == length - 1, held_out.scored.shape)
-    return Batches(tokens.astype(np.int32), scored), Batches(without.astype(np.int32), scored)
+    return Batches(row(b, c), scored), Batches(row(c, b), scored)
 
 
 def make(held_out: Batches, vocabulary: int) -> Shocks:
     """The shocks of a task's held-out batches.
 
     Raises:
-      ValueError: there are fewer than three tokens, or rows of fewer than four.
+      ValueError: there are fewer than three tokens, rows of fewer than six, or no target that is
+        scored behind the middle.
     """
-    if vocabulary < 3 or held_out.scored.shape[-1] < 4:
+    length = held_out.scored.shape[-1]
+    if vocabulary < 3 or length < 6:
         raise ValueError(
-            f"Shocks need three tokens and rows of four, got {vocabulary} and rows of "
-            f"{held_out.scored.shape[-1]}."
+            f"Shocks need three tokens and rows of six, got {vocabulary} and rows of {length}."
         )
-    return Shocks(swapped(held_out), needles(held_out, vocabulary))
+    found = Shocks(swapped(held_out), needles(held_out, vocabulary))
+    if not found.error_recovery[0].scored.any():
+        raise ValueError(f"Rows of {length} have no scored target behind their middle to shock.")
+    return found
 
 
 def measured(nats: Callable[[Batches], float], shocks: Shocks) -> dict[str, float]:
     """What the shocks do, in nats per scored target; `nats` scores batches.
 
     error_recovery: the loss that the swap costs; less is better. needle: the loss that having seen
-    the needle saves; more is better, 0 is a network that does not look back.
+    b behind a saves; more is better, 0 is a network that does not look up what followed.
     """
     after, before = map(nats, shocks.error_recovery)
     seen, unseen = map(nats, shocks.needle)

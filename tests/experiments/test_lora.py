@@ -5,59 +5,112 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
-from experiments import lora, phase7
-from experiments.files import plain
-from forge_jax.domains import Item
-from interop import load_phase6
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+from experiments import exams, lora, model, phase7  # noqa: E402
+from experiments.files import plain  # noqa: E402
+from experiments.run import read_json, rows  # noqa: E402
+from interop import load_phase6  # noqa: E402
+
+pytestmark = pytest.mark.torch
+SMALL = {"train_items": 64, "validation_items": 16, "test_items": 2, "unplanted": ()}
 
 
 @pytest.fixture
-def experts(checkpoint, tmp_path):
-    """What is read of a phase7 run."""
-    args = dataclasses.replace(
-        phase7.Args(), checkpoint=checkpoint, domains=("math",), train_items=64, validation_items=16
-    )
+def args(checkpoint):
+    """Of the run whose experts are compared."""
+    domains = ("math", "reasoning")
+    return dataclasses.replace(phase7.Args(), checkpoint=checkpoint, domains=domains, **SMALL)
+
+
+@pytest.fixture
+def experts(args, checkpoint, tmp_path):
+    """What is read of that run."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps(plain(args)))
+    config = {**plain(args), "base_sha256": load_phase6(checkpoint).sha256}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     return tmp_path / "run"
 
 
-def test_only_the_answers_have_labels(checkpoint):
-    tokenizer = load_phase6(checkpoint).tokenizer
-    items = [Item("Calculate 1 + 2.\n", "3"), Item("Calculate 30 + 12.\n", "42")]
-    batch = lora.batch_of(lora.rows_of(tokenizer, items, 1, 2))
-    for row, item in zip(range(2), items, strict=True):
-        live = batch["attention_mask"][row].bool()
-        labels = batch["labels"][row]
-        own = labels[labels != lora.IGNORED].tolist()
-        assert own[-1] == 2
-        assert tokenizer.decode(own[:-1]) == item.answer
-        whole = batch["input_ids"][row][live].tolist()
-        assert whole[0] == 1
-        assert tokenizer.decode(whole[1:-1]) == item.prompt + item.answer
-        assert (labels[~live] == lora.IGNORED).all()
+def test_questions_and_tokens_are_those_of_the_experts(args, experts):
+    problem = phase7.load(dataclasses.replace(args, mixing=phase7.mixture.Settings(search_items=2)))
+    config = read_json(experts / "config.json")
+    base = lora.base_of(config)
+    for split in ("train", "validation"):
+        items = lora.items_of(config, split)
+        assert items == [item for task in problem.tasks for item in task.items[split]]
+        batches = [task.batches[split] for task in problem.tasks]
+        wanted = [
+            (row[mask].tolist(), answer[answered].tolist())
+            for batch in batches
+            for row, mask, _, answer, answered in zip(*batch, strict=True)
+        ]
+        assert lora.rows_of(base, items, stop_token=True) == wanted
 
 
-# peft asks transformers for what it calls otherwise now
+def test_only_the_answers_have_labels():
+    batch = lora.batch_of([([5, 6, 7], [8]), ([5], [9, 2])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 2, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 8], [-100, 9, 2, -100]]
+
+
+@pytest.mark.parametrize("size", [3, 5, 16])
+def test_an_epoch_has_every_question_once(size):
+    questions = [([i], [i]) for i in range(10)]
+    drawn = []
+    for batch in lora.epochs(questions, size, np.random.default_rng(0)):
+        drawn += batch
+        if len(drawn) >= 20:
+            break
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == questions
+
+
+# peft reads transformers' `is_gradient_checkpointing`, which has another name now
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_what_is_written_is_the_trained_model(experts, checkpoint, tmp_path):
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "lora"
-    lora.main(lora.Args(experts, seconds=4.0, out=out, learning_rate=3e-3, validate_every=5))
-    found = json.loads((out / "lora.json").read_text())
-    assert found["best"] < found["validation_loss"][0] - 0.1
-    assert found["best"] == min(found["validation_loss"])
+    settings = {"learning_rate": 3e-3, "validate_every": 20}
+    lora.main(lora.Args(experts, seconds=1e9, steps=50, out=out, **settings))
+    found, seen = read_json(out / "lora.json"), rows(out)
+    assert [row["step"] for row in seen] == [0, 20, 40, 50]
+    assert found["validation_loss"] == min(row["validation_loss"] for row in seen)
+    assert found["validation_loss"] < seen[0]["validation_loss"] - 0.1
 
-    config = json.loads((experts / "config.json").read_text())
-    base = load_phase6(checkpoint)
-    eos, bos = base.config["eos_token_id"], lora.models.first_token(base)
-    rows = lora.rows_of(base.tokenizer, lora.items_of(config, "validation"), bos, eos)
-    model = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
-    np.testing.assert_allclose(lora.validate(model, rows, 16), found["best"], rtol=1e-4)
+    config = read_json(experts / "config.json")
+    base = lora.base_of(config)
+    questions = lora.rows_of(base, lora.items_of(config, "validation"), config["stop_token"])
+    opened = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+    loss = lora.validate(opened, questions, 16)
+    np.testing.assert_allclose(loss, found["validation_loss"], rtol=1e-4)
 
-    merged = load_phase6(out / "merged")
-    assert merged.spec == base.spec
-    assert merged.tokenizer.to_str() == base.tokenizer.to_str()
+    sitting = exams.candidates(
+        exams.Args(others=(out / "merged",)), *model.load(checkpoint, "both")
+    )
+    assert list(sitting) == ["base", "lora-merged"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"base_sha256": "0"}, "of another base"),
+        ({"domains": ["vision"]}, "sees images by its projector"),
+    ],
+)
+def test_a_run_it_cannot_compare_with_is_refused(experts, tmp_path, capsys, change, said):
+    config = read_json(experts / "config.json") | change
+    (experts / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        lora.main(lora.Args(experts, seconds=1.0, out=tmp_path / "lora"))
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "lora").exists()
+
+
+def test_settings_out_of_their_range_are_listed(experts, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        lora.main(lora.Args(experts, seconds=0.0, rank=0, out=tmp_path / "lora"))
+    said = capsys.readouterr().err
+    assert "`rank` must be at least 1, `seconds` must be positive." in said

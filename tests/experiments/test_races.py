@@ -1,5 +1,6 @@
 """Every race in tiny shapes: its record, its check of agreement, its floors, the page."""
 
+import dataclasses
 import functools
 import subprocess
 
@@ -255,6 +256,13 @@ def test_numbers_and_tables_are_shown():
         "12.3",
     ]
     assert race.markdown(("a", "b"), [("1", "2")]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+def test_a_population_race_is_called_after_what_it_does():
+    wide = dataclasses.replace(SCORED, hidden=32)
+    shapes = (SCORED, wide, dataclasses.replace(SCORED, rows=2), population.FULL[2][0])
+    wanted = ["scoring_16", "scoring_32", "few_shot_16", "generation_256"]
+    assert [population.name(shape) for shape in shapes] == [f"population_{x}" for x in wanted]
 
 
 def test_the_page_has_every_race_and_every_floor(tmp_path):

@@ -14,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.rloo_trainer import RLOOTrainer
-from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from forge_jax import rl
+torch = pytest.importorskip("torch")
+pytest.importorskip("trl")
+from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
+from trl.trainer.rloo_trainer import RLOOTrainer  # noqa: E402
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax  # noqa: E402
+
+from forge_jax import rl  # noqa: E402
+
+pytestmark = pytest.mark.torch
 
 B, T = 4, 6
 MASK = np.arange(T) < np.array([[6], [2], [3], [1]])
@@ -40,7 +44,7 @@ def draw(seed=0):
     return now, old, reference
 
 
-def trainer(logp: torch.Tensor, **settings) -> Any:
+def trainer(logp, **settings) -> Any:
     """What trl's loss reads of its trainer."""
     return SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logp, torch.zeros(B, T), None),
@@ -55,7 +59,7 @@ def trainer(logp: torch.Tensor, **settings) -> Any:
     )
 
 
-def inputs(**more) -> dict[str, torch.Tensor]:
+def inputs(**more) -> dict[str, Any]:
     ids = torch.zeros(B, T, dtype=torch.long)
     mask = torch.tensor(MASK).long()
     given = {"prompt_ids": ids, "prompt_mask": ids + 1, "completion_ids": ids}
