@@ -201,7 +201,10 @@ def main(args: Args) -> None:
     config = runs.read_json(args.experts / "config.json")
     checkpoint = base_of(config)
     splits: tuple[Split, ...] = ("train", "validation")
-    rows = {s: rows_of(checkpoint, items_of(config, s), config["stop_token"]) for s in splits}
+    rows: dict[Split, list[Row]] = {
+        split: rows_of(checkpoint, items_of(config, split), config["stop_token"])
+        for split in splits
+    }
     recorded = {**runs.plain(args), "base_sha256": checkpoint.sha256}
     with runs.opened(args.out, recorded, replace=args.replace) as run:
         model = with_lora(args, checkpoint)
