@@ -70,12 +70,14 @@ class Args:
 
 
 def base_of(config: dict[str, Any]) -> Checkpoint:
-    """The checkpoint of a run.
+    """The checkpoint of a phase7 run.
 
     Raises:
-      ValueError: the file is another by now, or the run's questions show images to the base, which
-        transformers' model cannot see.
+      ValueError: it is another kind of run, the file is another by now, or the run's questions show
+        images to the base, which transformers' model cannot see.
     """
+    if not {"checkpoint", "stop_token", "train_items", "base_sha256"} <= config.keys():
+        raise ValueError("`--experts` must be the directory of a phase7 run, this is another one.")
     own = {"nano": lambda: models.NANO, "smollm2": models.smollm2}
     path = Path(config["checkpoint"]) if config["checkpoint"] else own[config["base"]]()
     found = read(path)
@@ -153,17 +155,19 @@ def train(run: runs.Run, args: Args, model: Any, rows: dict[Split, list[Row]]) -
     used, steps, lowest, best = 0.0, 0, math.inf, []
     while True:
         loss = validate(model, rows["validation"], args.batch)
-        row = runs.log(run, {"step": steps, "seconds": used, "validation_loss": loss})
-        print(", ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+        runs.log(run, {"step": steps, "seconds": used, "validation_loss": loss})
+        print(f"{steps} steps, {used:.0f} s: validation loss {loss:.4f}", flush=True)
         if loss < lowest:
             lowest, best = loss, [p.detach().clone() for p in trained]
-        if used >= args.seconds or steps >= last:
+        if used >= args.seconds or steps >= last or not math.isfinite(loss):
             break
         for part in islice(given, args.validate_every):
             began = time.perf_counter()
             optimizer.zero_grad()
             model(**batch_of(part, model.device)).loss.backward()
             optimizer.step()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
             used, steps = used + time.perf_counter() - began, steps + 1
             if used >= args.seconds or steps >= last:
                 break
@@ -197,7 +201,7 @@ def main(args: Args) -> None:
     """Train, merge, write."""
     args.check()
     if not args.replace:
-        runs.refuse_existing(args.out)
+        runs.refuse_existing(args.out, resumable=False)
     config = runs.read_json(args.experts / "config.json")
     checkpoint = base_of(config)
     splits: tuple[Split, ...] = ("train", "validation")

@@ -123,11 +123,12 @@ def opened(
         run.lock.close()
 
 
-def refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path, *, resumable: bool = True) -> None:
     """Raise FileExistsError if `out` holds anything: before long work that would end so."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         is_run = (out / CONFIG).is_file()
-        more = ", go on with --resume, or take its place with --replace" if is_run else ""
+        more = ", go on with --resume" * (is_run and resumable)
+        more += ", or take its place with --replace" * is_run
         raise FileExistsError(f"{out} already exists: choose another directory{more}.")
 
 
@@ -162,10 +163,11 @@ def check_resumable(path: Path, settings: dict[str, Any]) -> None:
     old = read_json(path / CONFIG)
     if old == settings:
         return
-    was, now = leaves(old), leaves(settings)
-    absent = object()
-    names = [k for k in sorted(was | now) if was.get(k, absent) != now.get(k, absent)]
-    changed = ", ".join(f"{k} (was {was.get(k)!r}, now {now.get(k)!r})" for k in names)
+    was, now = ({k: repr(v) for k, v in leaves(x).items()} for x in (old, settings))
+    names = [k for k in sorted(was | now) if was.get(k) != now.get(k)]
+    changed = ", ".join(
+        f"{k} (was {was.get(k, 'absent')}, now {now.get(k, 'absent')})" for k in names
+    )
     raise ValueError(f"{path} was started with other settings: {changed}.")
 
 

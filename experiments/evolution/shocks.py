@@ -71,19 +71,24 @@ def make(held_out: Batches, vocabulary: int) -> Shocks:
     length = held_out.scored.shape[-1]
     if vocabulary < 3 or length < 6:
         raise ValueError(
-            f"Shocks need three tokens and rows of six, got {vocabulary} and rows of {length}."
+            f"The shocks of `--deep-steps` need three tokens and rows of six (`--seq-len`), got "
+            f"{vocabulary} and rows of {length}."
         )
     found = Shocks(swapped(held_out), needles(held_out, vocabulary))
     if not found.error_recovery[0].scored.any():
-        raise ValueError(f"Rows of {length} have no scored target behind their middle to shock.")
+        raise ValueError(
+            f"The shocks of `--deep-steps` need a scored target behind a row's middle, rows of "
+            f"{length} (`--seq-len`) have none."
+        )
     return found
 
 
 def measured(nats: Callable[[Batches], float], shocks: Shocks) -> dict[str, float]:
     """What the shocks do, in nats per scored target; `nats` scores batches.
 
-    error_recovery: the loss that the swap costs; less is better. needle: the loss that having seen
-    b behind a saves; more is better, 0 is a network that does not look up what followed.
+    error_recovery: the loss that the swap costs. Who reads nothing pays nothing: it compares
+    networks of like scores. needle: the loss that having seen b behind a saves; more is better, 0
+    is a network that does not look up what followed.
     """
     after, before = map(nats, shocks.error_recovery)
     seen, unseen = map(nats, shocks.needle)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 from pathlib import Path
 
@@ -100,7 +99,8 @@ def test_a_sweep_writes_what_it_promises(sweep, capsys):
     assert len(built["deep_evaluations"]) == 2
     deep = built["deep_evaluations"][0]
     assert deep["seeds"] == [500, 501]
-    assert all(math.isfinite(deep["metrics"][name]) for name in ("error_recovery", "needle"))
+    assert deep["metrics"]["error_recovery"] != 0
+    assert deep["metrics"]["needle"] == 0  # one layer with a window of three does not reach it
     assert "needle" not in a["metrics"]  # of the best alone
     for i, name in enumerate("abc"):
         spec = arch.parse((out / f"gen_0/variant_{i}.yaml").read_text())

@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 from experiments import exams, lora, model, phase7  # noqa: E402
 from experiments.files import plain  # noqa: E402
 from experiments.run import read_json, rows  # noqa: E402
-from interop import load_phase6  # noqa: E402
+from interop import load_phase6, save_huggingface  # noqa: E402
 
 pytestmark = pytest.mark.torch
 SMALL = {"train_items": 64, "validation_items": 16, "test_items": 2, "unplanted": ()}
@@ -68,23 +68,30 @@ def test_an_epoch_has_every_question_once(size):
 
 
 # peft reads transformers' `is_gradient_checkpointing`, which has another name now
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_what_is_written_is_the_trained_model(experts, checkpoint, tmp_path):
+quiet = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def opened(folder):
+    """The merged model in transformers."""
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@quiet
+def test_what_is_written_is_the_trained_model(experts, checkpoint, tmp_path):
     out = tmp_path / "lora"
-    settings = {"learning_rate": 3e-3, "validate_every": 20}
-    lora.main(lora.Args(experts, seconds=1e9, steps=50, out=out, **settings))
+    settings = {"learning_rate": 1e-2, "validate_every": 10}
+    lora.main(lora.Args(experts, seconds=1e9, steps=25, out=out, **settings))
     found, seen = read_json(out / "lora.json"), rows(out)
-    assert [row["step"] for row in seen] == [0, 20, 40, 50]
+    assert [row["step"] for row in seen] == [0, 10, 20, 25]
     assert found["validation_loss"] == min(row["validation_loss"] for row in seen)
     assert found["validation_loss"] < seen[0]["validation_loss"] - 0.1
 
     config = read_json(experts / "config.json")
     base = lora.base_of(config)
     questions = lora.rows_of(base, lora.items_of(config, "validation"), config["stop_token"])
-    opened = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
-    loss = lora.validate(opened, questions, 16)
+    loss = lora.validate(opened(out / "merged"), questions, 16)
     np.testing.assert_allclose(loss, found["validation_loss"], rtol=1e-4)
 
     sitting = exams.candidates(
@@ -93,15 +100,30 @@ def test_what_is_written_is_the_trained_model(experts, checkpoint, tmp_path):
     assert list(sitting) == ["base", "lora-merged"]
 
 
+@quiet
+def test_the_seconds_end_it_and_what_got_worse_is_not_kept(experts, tmp_path):
+    out = tmp_path / "lora"
+    lora.main(lora.Args(experts, seconds=1e-9, learning_rate=3.0, out=out))
+    first, second = rows(out)
+    assert (first["step"], second["step"]) == (0, 1)
+    assert second["validation_loss"] is None or second["validation_loss"] > first["validation_loss"]
+    base = lora.base_of(read_json(experts / "config.json"))
+    save_huggingface(tmp_path / "base", base.params, base)
+    ours, theirs = (opened(x).state_dict() for x in (out / "merged", tmp_path / "base"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"base_sha256": "0"}, "of another base"),
+        (None, "must be the directory of a phase7 run"),
         ({"domains": ["vision"]}, "sees images by its projector"),
     ],
 )
 def test_a_run_it_cannot_compare_with_is_refused(experts, tmp_path, capsys, change, said):
-    config = read_json(experts / "config.json") | change
+    config = {} if change is None else read_json(experts / "config.json") | change
     (experts / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         lora.main(lora.Args(experts, seconds=1.0, out=tmp_path / "lora"))

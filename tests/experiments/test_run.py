@@ -202,6 +202,12 @@ def test_resume_needs_the_same_settings(tmp_path):
     with pytest.raises(ValueError, match=both):
         with opened(args.out, changed, resume=True):
             pass
+    older = read_json(args.out / "config.json")
+    del older["steps"]
+    (args.out / "config.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"steps \(was absent, now 40\)\.$"):
+        with opened(args.out, args, resume=True):
+            pass
 
 
 def test_two_processes_do_not_write_one_run(tmp_path):

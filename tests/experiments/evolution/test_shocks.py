@@ -87,14 +87,19 @@ def test_too_small_a_task_is_refused():
     with pytest.raises(ValueError, match="rows of six"):
         shocks.make(short, 6)
     early = Batches(np.zeros((1, 1, 9), int), np.arange(8)[None, None] < 2)
-    with pytest.raises(ValueError, match="no scored target behind"):
+    with pytest.raises(ValueError, match="need a scored target behind"):
         shocks.make(early, 6)
 
 
 @pytest.mark.parametrize("name", ["markov", "recall", "copy", "sums", "text"])
 def test_every_task_can_be_shocked(name):
     task = tasks.load(name)
-    found = tasks.batches(task, "held_out", 0, range(1), rows=2, length=16)
+    found = tasks.batches(task, "held_out", 0, range(1), rows=30, length=16)
     (after, scored), (before, _) = shocks.make(found, task.vocabulary).error_recovery
     assert scored.any()
-    assert ((after != before).sum(-1) <= 2).all()
+    assert (after != before).any()
+    changed = (after != before).sum(-1)
+    assert (changed <= 2).all()
+    if name in ("recall", "sums"):  # of pairs, whose halves are never equal
+        assert (changed == 2).all()
+        assert ((after != before).argmax(-1) % 2 == 0).all()
