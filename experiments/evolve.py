@@ -16,9 +16,10 @@ lineage.png and the checkpoints. `--resume` continues a killed one to the same r
 
 import dataclasses
 import functools
+import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -117,6 +118,28 @@ def validate(path: Path, strict: bool) -> bool:
     return True
 
 
+def parsed(path: Path) -> arch.Spec:
+    """The document in a file; a ValueError names the file."""
+    try:
+        return arch.parse(path.read_text())
+    except (arch.DocumentError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def best_of(index: Path) -> Iterator[tuple[str, arch.Spec]]:
+    """Name and document of the candidates in the report of an earlier run, the best first.
+
+    Raises:
+      ValueError: the file is no report, or a document of the run is invalid.
+    """
+    try:
+        paths = [Path(c["cfg_path"]) for c in report.ranked(read_json(index))]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"`top_index` must be a search_report.json, {index} is not.") from error
+    for path in paths:
+        yield f"{index.parent.name}-{path.parent}-{path.stem}", parsed(index.parent / path)
+
+
 def documents(files: Sequence[Path]) -> dict[str, arch.Spec]:
     """The documents by name; a directory stands for the YAML files in it.
 
@@ -128,10 +151,7 @@ def documents(files: Sequence[Path]) -> dict[str, arch.Spec]:
         for path in sorted(file.glob("*.yaml")) if file.is_dir() else [file]:
             if path.stem in found:
                 raise ValueError(f"Two documents are called {path.stem}.")
-            try:
-                found[path.stem] = arch.parse(path.read_text())
-            except (arch.DocumentError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}: {error}") from error
+            found[path.stem] = parsed(path)
     if not found:
         raise ValueError("There is no document: name a YAML file, or a directory with some.")
     return found
@@ -140,9 +160,13 @@ def documents(files: Sequence[Path]) -> dict[str, arch.Spec]:
 def set_up(args: Train | Sweep) -> tuple[dict[str, arch.Spec], Setup]:
     """The documents, fitted to the data, and what all candidates share."""
     task = tasks.load(args.task, args.data)
-    fitted = {
-        name: adapted(spec, task, args.seq_len) for name, spec in documents(args.files).items()
-    }
+    fit = functools.partial(adapted, task=task, length=args.seq_len)
+    fitted = {name: fit(spec) for name, spec in documents(args.files).items()}
+    if isinstance(args, Evolve) and args.top_index is not None:
+        known = {arch.fingerprint(spec) for spec in fitted.values()}
+        others = ((name, fit(spec)) for name, spec in best_of(args.top_index))
+        new = ((name, spec) for name, spec in others if arch.fingerprint(spec) not in known)
+        fitted |= dict(itertools.islice(new, args.top_count))
     costs = {name: arch.cost(spec, args.seq_len) for name, spec in fitted.items()}
     first = next(iter(costs.values()))
     scored = held_out(task, args.held_out, args.batch_size, args.seq_len)

@@ -9,22 +9,22 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from experiments import figures
-from experiments.evolution.search import of_search, variant
+from experiments.evolution.search import birth, of_search, variant
 from experiments.files import write_atomic, write_json
 from forge_jax import evolve
 
 Record = dict[str, Any]
 
 
-def records(events: Sequence[evolve.Event], population: int) -> list[Record]:
+def records(events: Sequence[evolve.Event], settings: evolve.Settings) -> list[Record]:
     """One record per trial, in the order of birth."""
     trials = evolve.trials_of(of_search(events))
     return [
         {
-            "gen": e["trial"] // population,
-            "child": variant(e["trial"], population),
+            "gen": birth(e["trial"], settings)[0],
+            "child": variant(e["trial"], settings),
             "op": e["operator"],
-            "parents": [variant(p, population) for p in e["parents"]],
+            "parents": [variant(p, settings) for p in e["parents"]],
             "score": s if (s := trials[e["trial"]].score) < float("inf") else None,
             "diff": e["diff"],
             "trial": e["trial"],
@@ -84,7 +84,7 @@ def write(
     path: Path, events: Sequence[evolve.Event], settings: evolve.Settings, unit: str, direction: str
 ) -> None:
     """Write lineage.json, lineage.mmd and lineage.png into the run directory."""
-    found = records(events, settings.population)
+    found = records(events, settings)
     top = {
         "macro_prob": settings.macro,
         "crossover_prob": settings.crossover,

@@ -39,14 +39,14 @@ def architecture(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def history(events: Sequence[evolve.Event], ladder: evolve.Ladder, population: int) -> list[dict]:
+def history(events: Sequence[evolve.Event], settings: evolve.Settings) -> list[dict]:
     """The rungs of halving, in their order."""
     out = []
     for e in events:
-        if e["event"] == "report" and e["rung"] < ladder.rungs:
+        if e["event"] == "report" and e["rung"] < settings.ladder.rungs:
             found = e["metrics"]
             kept = ("loss_start", "loss_final", "qpc")
-            row = {"cfg_path": f"{variant(e['trial'], population)}.yaml", "steps": e["steps"]}
+            row = {"cfg_path": f"{variant(e['trial'], settings)}.yaml", "steps": e["steps"]}
             row |= {"score": e["score"], "tokens": found.get("total_tokens")}
             row |= {name: found.get(name) for name in kept}
             out.append(row | {"metrics": found, "error": e["error"]})
@@ -54,13 +54,13 @@ def history(events: Sequence[evolve.Event], ladder: evolve.Ladder, population: i
 
 
 def candidate(
-    trial: evolve.Trial, events: Sequence[evolve.Event], ladder: evolve.Ladder, population: int
+    trial: evolve.Trial, events: Sequence[evolve.Event], settings: evolve.Settings
 ) -> dict[str, Any]:
     """A trial with its rungs; stage 0 ends halving, higher ones are behind hurdles."""
     mine = [e for e in events if e["event"] == "report" and e["trial"] == trial.id]
     stages = [
         {
-            "stage": e["rung"] - ladder.rungs + 1,
+            "stage": e["rung"] - settings.ladder.rungs + 1,
             "steps": e["steps"],
             "score": e["score"],
             "tokens": e["metrics"].get("total_tokens"),
@@ -74,7 +74,7 @@ def candidate(
     scores = [s["score"] for s in stages if s["score"] is not None]
     return {
         "candidate_index": trial.id,
-        "cfg_path": f"{variant(trial.id, population)}.yaml",
+        "cfg_path": f"{variant(trial.id, settings)}.yaml",
         "hash": trial.fingerprint,
         "stages": stages,
         "best_score": min(scores, default=None),
@@ -115,7 +115,9 @@ def against(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return out
 
 
-def deep(events: Sequence[evolve.Event], population: int, config: dict[str, Any]) -> list[dict]:
+def deep(
+    events: Sequence[evolve.Event], settings: evolve.Settings, config: dict[str, Any]
+) -> list[dict]:
     """What fresh seeds say of the best, each against the baseline."""
     rows = [e for e in events if e["event"] == "deep"]
     base = next((e["metrics"].get("score_by_seed") for e in rows if e["trial"] == 0), None)
@@ -127,7 +129,7 @@ def deep(events: Sequence[evolve.Event], population: int, config: dict[str, Any]
             {
                 "candidate_index": e["trial"],
                 "rank": e["rank"],
-                "cfg_path": f"{variant(e['trial'], population)}.yaml",
+                "cfg_path": f"{variant(e['trial'], settings)}.yaml",
                 "steps": e["steps"],
                 "seq_len": config["seq_len"],
                 "batch_size": config["batch_size"],
@@ -150,9 +152,9 @@ def built(
     rest: dict[str, Any],
 ) -> dict[str, Any]:
     """The report; `rest` (cache, seconds, ...) stands beside the keys."""
-    ladder, population = settings.ladder, settings.population
+    ladder = settings.ladder
     trials = evolve.trials_of(of_search(events))
-    tried = history(events, ladder, population)
+    tried = history(events, settings)
     scores = [h["score"] for h in tried if h["score"] is not None]
     return {
         "asha": {
@@ -161,8 +163,8 @@ def built(
             "best_score": min(scores, default=None),
             "history": tried,
         },
-        "candidates": [candidate(t, events, ladder, population) for t in trials.values()],
-        "deep_evaluations": deep(events, population, config),
+        "candidates": [candidate(t, events, settings) for t in trials.values()],
+        "deep_evaluations": deep(events, settings, config),
         "pareto_front": front(trials, ladder),
         "hurdles": list(evolve.hurdles(of_search(events), ladder)),
         "failed": sum(e.get("error") is not None for e in events),
@@ -177,6 +179,12 @@ def built(
     }
 
 
+def ranked(built: dict[str, Any]) -> list[dict[str, Any]]:
+    """The candidates that have a score, those trained longest first, then the best."""
+    done = [c for c in built["candidates"] if c["stages"] and c["stages"][-1]["score"] is not None]
+    return sorted(done, key=lambda c: (-c["best_steps"], c["stages"][-1]["score"]))
+
+
 def words(built: dict[str, Any], most: int = 5) -> str:
     """The best, and what fresh seeds say, for a terminal."""
     data = built["data"]
@@ -185,9 +193,7 @@ def words(built: dict[str, Any], most: int = 5) -> str:
         f"{data['task']}: nats per {data['unit']}, held out; floor {floor}, "
         f"frequencies alone {data['unigram_entropy']:.4g}"
     ]
-    done = [c for c in built["candidates"] if c["stages"] and c["stages"][-1]["score"] is not None]
-    done.sort(key=lambda c: (-c["best_steps"], c["stages"][-1]["score"]))
-    for c in done[:most]:
+    for c in ranked(built)[:most]:
         score, found = c["stages"][-1]["score"], c["metrics"]
         lines.append(
             f"  {c['cfg_path']}: {score:.4f} after {c['best_steps']} steps, "

@@ -48,14 +48,20 @@ def of_search(events: Sequence[evolve.Event]) -> list[evolve.Event]:
     return [e for e in events if e["event"] in ("create", "report")]
 
 
-def variant(trial: int, population: int) -> str:
-    """Name of a trial: the generation is that in which it was born, by number."""
-    return f"gen_{trial // population}/variant_{trial % population}"
+def birth(trial: int, settings: evolve.Settings) -> tuple[int, int]:
+    """The generation in which a trial was born, by number, and its place there."""
+    return divmod(trial, settings.generation or settings.population)
 
 
-def snapshot(path: Path, event: evolve.Event, population: int) -> None:
+def variant(trial: int, settings: evolve.Settings) -> str:
+    """Name of a trial."""
+    generation, place = birth(trial, settings)
+    return f"gen_{generation}/variant_{place}"
+
+
+def snapshot(path: Path, event: evolve.Event, settings: evolve.Settings) -> None:
     """Write the document of a `create` event."""
-    file = path / f"{variant(event['trial'], population)}.yaml"
+    file = path / f"{variant(event['trial'], settings)}.yaml"
     if event["event"] == "create" and not file.exists():
         runs.write_atomic(file, arch.emit(arch.from_dict(event["spec"])))
 
@@ -74,9 +80,9 @@ def search(
 
     Returns all events of the run, and whether the time ran out.
     """
-    events, population = recorded(run), settings.population
+    events = recorded(run)
     for event in events:
-        snapshot(run.path, event, population)
+        snapshot(run.path, event, settings)
     show(events)
 
     def of_trial(spec: arch.Spec, trial: int, done: int, steps: int) -> evolve.Result:
@@ -84,7 +90,7 @@ def search(
 
     coming = evolve.run(seeds, of_trial, settings, seed=seed, events=of_search(events))
     while not (late := past(run, deadline)) and (event := next(coming, None)) is not None:
-        snapshot(run.path, event, population)
+        snapshot(run.path, event, settings)
         events.append(runs.log(run, event))
         show(events)
     return events, late

@@ -104,9 +104,9 @@ class Evolve(Sweep):
     batch_size: int = 6
     """rows of a batch"""
     generations: int = 2
-    """times `population` trials are born; the documents are the first of them"""
+    """times a generation is born; the documents are the first of it"""
     population: int = 6
-    """of a generation, and of those that live"""
+    """so many live, and, but for `overflow_factor`, are born in a generation"""
     top_k: int = 3
     """parents: the best so many of the living"""
     novelty_extra: int = 2
@@ -119,6 +119,12 @@ class Evolve(Sweep):
     """share of the children with two parents"""
     replacement: Literal["aging", "score"] = "aging"
     """who lives: the youngest, or the best"""
+    overflow_factor: float = 1.0
+    """so many times `population` are born in a generation; `population` of all live"""
+    top_index: Path | None = None
+    """search_report.json of an earlier run"""
+    top_count: int = 0
+    """so many of its best become documents too"""
     pareto: bool = False
     """parents by rank in (score, FLOPs, parameters, KV bytes)"""
     asha_min: int = 20
@@ -161,17 +167,19 @@ def settings_of(args: Train | Sweep, documents: int) -> evolve.Settings:
     unlimited = 10**15  # steps: the trials end a search
     if not isinstance(args, Evolve):
         return evolve.Settings(unlimited, documents, population=documents, ladder=ladder)
+    born = round(args.population * args.overflow_factor)
     return evolve.Settings(
         unlimited,
-        args.generations * args.population,
+        args.generations * born,
         population=args.population,
+        generation=born,
         aging=args.replacement == "aging",
         parents=args.top_k,
         novel_parents=args.novelty_extra,
         tournament=2,
         crossover=args.crossover_prob,
         novel=0.0,
-        immigrants=args.immigrants / args.population,
+        immigrants=args.immigrants / born,
         macro=args.macro_prob,
         mutations=4,
         pareto=args.pareto,
@@ -193,6 +201,10 @@ def check(args: Train | Sweep) -> None:
         wrong += [f"`{n}` must lie in [0, 1]" for n, v in shares.items() if not 0 <= v <= 1]
         if not 0 <= args.immigrants <= args.population:
             wrong.append("`immigrants` must lie between 0 and `population`")
+        if not 1 <= args.overflow_factor <= 100:
+            wrong.append("`overflow_factor` must lie between 1 and 100")
+        if args.top_count < 0 or bool(args.top_count) != (args.top_index is not None):
+            wrong.append("`top_index` and a positive `top_count` go together")
     if max(args.repeats, args.deep_seeds) > 500:
         wrong.append("`repeats` and `deep_seeds` must be at most 500")
     if args.seed < 0 or args.deep_steps < 0:

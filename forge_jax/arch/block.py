@@ -5,23 +5,27 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from forge_jax.arch import sizes
 from forge_jax.arch.ffn import Dense, MoE, balance_loss, init_taken, keep_largest
 from forge_jax.arch.layers import linear, make_norm
-from forge_jax.arch.mixers import attention, longconv, performer, retention, ssm
+from forge_jax.arch.mixers import attention, latent, longconv, performer, retention, ssm
 from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.mixing import SSM, Attention, Mixer, ParUnit, Retention, RouteUnit, SingleUnit
 from forge_jax.arch.schema import Arch
 from forge_jax.arch.structure import DenseFFN, Residual
 
+DEPTH = 0.01  # weight of the loss that teaches a depth router its budget
+
 
 def make_mixer(mixer: Mixer, arch: Arch, dtype: jnp.dtype, gain: float, name: str) -> nn.Module:
     """The module of a mixer."""
     if isinstance(mixer, Attention):
-        by_features = sizes.features_of(mixer) is not None
-        kind = performer.PerformerMixer if by_features else attention.AttentionMixer
-        return kind(mixer, arch, dtype, gain, name=name)
+        if sizes.features_of(mixer) is not None:
+            return performer.PerformerMixer(mixer, arch, dtype, gain, name=name)
+        kept = latent.LatentMixer if latent.latent_of(arch) else attention.AttentionMixer
+        return kept(mixer, arch, dtype, gain, name=name)
     if isinstance(mixer, Retention):
         return retention.RetentionMixer(mixer, arch, dtype, gain, name=name)
     if isinstance(mixer, SSM):
@@ -33,8 +37,10 @@ def init_mixer_state(mixer: Mixer, arch: Arch, batch: int, length: int, dtype: j
     """What a mixer keeps of the past, before any token."""
     args = (arch, batch, length, dtype)
     if isinstance(mixer, Attention):
-        module = attention if sizes.features_of(mixer) is None else performer
-        return module.init_state(mixer, *args)
+        if sizes.features_of(mixer) is not None:
+            return performer.init_state(mixer, *args)
+        kept = latent if latent.latent_of(arch) else attention
+        return kept.init_state(mixer, *args)
     if isinstance(mixer, Retention):
         return retention.init_state(mixer, *args)
     if isinstance(mixer, SSM):
@@ -121,8 +127,9 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, stream, frame: Frame, state):
+    def __call__(self, stream, frame: Frame, state, always=False):
         states, taken = (None, None) if state is None else state
+        before = stream
         mixed, ffn = MixUnit(self.arch, self.dtype, name="mix"), self.arch.ffn
         stream, states = self.around("mix", lambda x: mixed(x, frame, states), stream, frame)
         gain, width = residual_gain(self.arch), self.arch.d_model
@@ -132,7 +139,27 @@ class Block(nn.Module):
         else:
             moe = MoE(ffn, width, self.dtype, gain, name="ffn")
             stream, taken = self.around("ffn", lambda x: moe(x, frame, taken), stream, frame)
+        if self.arch.depth_router is not None:
+            stream = self.routed(before, stream, frame, always)
         return stream, None if state is None else (states, taken)
+
+    def routed(self, before, after, frame: Frame, always):
+        r"""Mixture-of-Depths (Raposo et al. 2024): $x + g (f(x) - x)$, $g = \sigma(r / \tau)$.
+
+        A token takes the layer where g is at least 1/2. The `budget` is taught: a cross-entropy
+        draws the largest r of a row above that line and the others below it (their section 3.5),
+        so that no token's way hangs on later ones. Deviation: keys and values of the tokens that
+        pass by are seen, and all tokens are computed, so no FLOPs are saved.
+        """
+        logits = linear("depth", 1, jnp.dtype("float32"))(before[0])[..., 0]
+        logits = logits / frame.knobs["depth_tau"]
+        rank = jnp.argsort(jnp.argsort(-logits, axis=-1), axis=-1)
+        wanted = rank < jnp.ceil(frame.knobs["depth_budget"] * logits.shape[-1])
+        loss = optax.sigmoid_binary_cross_entropy(logits, wanted).mean()
+        self.sow("losses", "passing", jnp.where(always, 0.0, DEPTH * loss))
+        gate = jnp.where(logits >= 0, nn.sigmoid(logits), 0.0)
+        gate = jnp.where(always, 1.0, gate)[..., None].astype(self.dtype)
+        return jax.tree.map(lambda x, y: x + gate * (y - x), before, after)
 
     def around(self, name: str, sublayer, stream, frame: Frame):
         """Apply a sublayer and add."""

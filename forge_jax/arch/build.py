@@ -12,10 +12,12 @@ from forge_jax.arch.block import Block, init_state
 from forge_jax.arch.canonical import canonical
 from forge_jax.arch.knobs import arch_knobs
 from forge_jax.arch.layers import linear, make_norm
+from forge_jax.arch.loops import loop_count
 from forge_jax.arch.mixers.frame import Frame
+from forge_jax.arch.mixers.latent import latent_of
 from forge_jax.arch.mixing import Attention
 from forge_jax.arch.schema import Arch, Spec
-from forge_jax.arch.structure import Loops, Residual
+from forge_jax.arch.structure import Loops, Residual, Schedule
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.bfloat16}
 
@@ -55,6 +57,11 @@ def init_cache(spec: Spec, batch: int, length: int) -> Cache:
     return Cache(parts, jnp.int32(0))
 
 
+def _where(condition, one, two):
+    """`one` or `two`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, two)
+
+
 def parts_of(arch: Arch, train: bool) -> list[tuple[str, int, int]]:
     """Name, layers and loops of each part of the stack that has a layer."""
     r = arch.recurrence
@@ -91,8 +98,8 @@ class Network(nn.Module):
         """Logits, and the cache with these tokens in it.
 
         `knobs` replaces the document's scalars (`knobs(spec)` gives them); `train` takes the
-        training loops and adds the recurrence's noise, for which `rngs={"noise": key}` is needed;
-        `step` counts training steps.
+        training loops, as many as their schedule draws, and adds the recurrence's noise: for both
+        `rngs={"noise": key}` is needed; `step` counts training steps.
 
         Raises:
           ValueError: there are more tokens than the context holds.
@@ -108,17 +115,23 @@ class Network(nn.Module):
         frame = Frame(at, self.turns(at, knobs), knobs, step)
         dual = arch.residual is not None and arch.residual.kind == "dual"
         stream, kept = (x, x) if dual else (x,), {}
-        adapter = self.adapter()
+        adapter, first = self.adapter(), 0
+        unrouted = arch.depth_router.min_layers if arch.depth_router else 0
         for name, layers, loops in parts_of(arch, train):
-            stack = self.stack(name, layers)
+            stack, always = self.stack(name, layers), jnp.arange(first, first + layers) < unrouted
+            first += layers
             if name == "body" and train and "noise" in knobs:
                 stream = self.noisy(stream, knobs["noise"])
             anchor, states = stream, []
+            count = self.loop_count(loops, knobs, step) if name == "body" and train else None
             for loop in range(loops):
+                before = stream
                 if loop:
-                    stream = self.adapted(adapter, stream, anchor)
+                    stream = self.adapted(adapter, self.cut(stream, loop, count), anchor)
                 state = None if cache is None else cache.parts[name][loop]
-                stream, state = stack(stream, frame, state)
+                stream, state = stack(stream, frame, state, always)
+                if count is not None and loop:
+                    stream = _where(loop < count, stream, before)
                 states.append(state)
             kept[name] = tuple(states)
         logits = linear("head", self.vocabulary, dtype)(self.joined(stream)).astype(jnp.float32)
@@ -130,17 +143,19 @@ class Network(nn.Module):
             Block,
             variable_axes={"params": 0, "losses": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType]
             length=layers,
             unroll=layers if self.unroll else 1,
         )
         return scanned(self.arch, DTYPES[self.precision], name=name)
 
     def turns(self, at, knobs) -> Any:
-        """Per mixer the rotations of its heads, or None."""
+        """Per mixer the rotations of its heads, or None; of all positions for a latent cache."""
         arch = self.arch
         if arch.pos.rope is None:
             return None
+        if latent_of(arch):
+            at = jnp.arange(self.context)
         return tuple(
             positions.turns(arch.pos, at, sizes.turned(m, arch), knobs, self.context)
             if isinstance(m, Attention) and m.pos != "none"
@@ -152,6 +167,25 @@ class Network(nn.Module):
         """Normal noise on the state that enters the body."""
         key = self.make_rng("noise")
         return tuple(x + deviation * jax.random.normal(key, x.shape, x.dtype) for x in stream)
+
+    def loop_count(self, loops: int, knobs: dict[str, Any], step) -> Int[Array, ""] | None:
+        """Loops of this training step, where a schedule decides; all are computed."""
+        schedule = self.schedule()
+        if schedule is None:
+            return None
+        return loop_count(schedule, loops, knobs, step, self.make_rng("noise"))
+
+    def schedule(self) -> Schedule | None:
+        """The schedule of the training loops, if there is one."""
+        recurrence = self.arch.recurrence
+        return recurrence.loops.schedule if recurrence and recurrence.loops else None
+
+    def cut(self, stream, loop: int, count):
+        """The stream without gradient before the last `backprop` loops."""
+        schedule = self.schedule()
+        if count is None or schedule is None or schedule.backprop is None:
+            return stream
+        return _where(loop == count - schedule.backprop, jax.lax.stop_gradient(stream), stream)
 
     def adapter(self) -> nn.Module | None:
         """The linear map between loops; all loops and both streams share it."""

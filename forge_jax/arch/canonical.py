@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 from forge_jax.arch import sizes
+from forge_jax.arch.loops import most_loops
 from forge_jax.arch.mixing import Attention, LongConv, Mixer, Retention, RouteUnit
 from forge_jax.arch.parse import from_dict
 from forge_jax.arch.schema import Arch, Spec
-from forge_jax.arch.structure import Residual
+from forge_jax.arch.structure import DepthRouter, LatentUpdate, Loops, Residual, Schedule
 
 Tree = dict[str, Any]
 
@@ -37,6 +38,7 @@ def _canonical(spec: Spec) -> Spec:
         "kv_policy": _policy(arch, spec.train.ctx_len),
         "residual": _residual(arch.residual, arch.n_layers),
         "recurrence": _recurrence(arch),
+        "depth_router": _depth(arch.depth_router, arch.n_layers),
     }
     out["ffn"]["mult"] = sizes.hidden_of(arch.ffn, arch.d_model) / arch.d_model
     train = spec.train.model_dump(mode="json", exclude_none=True)
@@ -99,10 +101,11 @@ def _mixer(mixer: Mixer, arch: Arch, context: int) -> Tree:
 
 def _attention(mixer: Attention, arch: Arch, context: int) -> Tree:
     heads, size = sizes.heads_of(mixer, arch.d_model)
+    latent = arch.kv_policy.latent if arch.kv_policy else None
     out: Tree = {
         "kind": "Attention",
         "heads": heads,
-        "kv_heads": mixer.kv_heads or heads,
+        "kv_heads": (latent.heads if latent else None) or mixer.kv_heads or heads,
         "head_dim": size,
         "stencil": _stencil(mixer, context),
         "softmax": _softmax(mixer, size),
@@ -189,7 +192,20 @@ def _policy(arch: Arch, context: int) -> Tree | None:
         tree |= {"cache": "window", "window": policy.window}
         if (policy.window or 0) >= context:
             tree = {"cache": "full", "quant": policy.quant}
+    if policy.latent:
+        tree["latent"] = {"dim": policy.latent.dim} | _update(policy.latent.update)
     return None if tree == {"cache": "full", "quant": "none"} else tree
+
+
+def _update(update: LatentUpdate | None) -> Tree:
+    """Nothing where every token has its own latent."""
+    if update is None:
+        return {}
+    averaged = update.kind == "ema" and update.tau != 1
+    if update.freq == 1 and not averaged:
+        return {}
+    tree = {"kind": update.kind, "freq": update.freq}
+    return {"update": tree | ({"tau": update.tau} if update.kind == "ema" else {})}
 
 
 def _residual(residual: Residual | None, layers: int) -> Tree | None:
@@ -210,12 +226,21 @@ def _residual(residual: Residual | None, layers: int) -> Tree | None:
     return None if tree == plain else tree
 
 
+def _depth(router: DepthRouter | None, layers: int) -> Tree | None:
+    if router is None or router.kind == "none" or router.min_layers >= layers:
+        return None
+    fields = {"kind": router.kind, "budget": router.budget, "tau": router.tau or 1.0}
+    return fields | {"min_layers": router.min_layers}
+
+
 def _recurrence(arch: Arch) -> Tree | None:
     r = arch.recurrence
     if r is None:
         return None
-    train = r.loops.train if r.loops else 1
-    evaluate = (r.loops.eval if r.loops else None) or train
+    loops = r.loops or Loops()
+    evaluate, train, schedule = loops.eval or loops.train, loops.train, loops.schedule
+    if schedule is not None:
+        train = most_loops(schedule, train)
     again = max(train, evaluate) > 1
     if not again and not r.noise_std:
         return None
@@ -225,5 +250,20 @@ def _recurrence(arch: Arch) -> Tree | None:
         "coda": r.coda,
         "adapter": r.adapter if again else "identity",
         "noise_std": r.noise_std,
-        "loops": {"train": train, "eval": evaluate},
+        "loops": {"train": train, "eval": evaluate} | _schedule(schedule, train),
     }
+
+
+def _schedule(schedule: Schedule | None, train: int) -> Tree:
+    """Nothing where every step takes all loops, with a gradient through each."""
+    if schedule is None or train == 1:
+        return {}
+    tree: Tree = {"kind": schedule.kind, "min": schedule.min or 1}
+    if schedule.kind != "fixed":
+        tree |= {"mean": schedule.mean, "sigma": schedule.sigma or 0.0, "max": train}
+    if schedule.curriculum != "none":
+        tree |= {"curriculum": schedule.curriculum, "warmup_steps": schedule.warmup_steps}
+    if schedule.backprop and schedule.backprop < train:
+        tree["backprop"] = schedule.backprop
+    plain = {"kind": "fixed", "min": tree["min"]}
+    return {} if tree == plain else {"schedule": tree}

@@ -12,6 +12,7 @@ from forge_jax.arch.build import parts_of
 from forge_jax.arch.canonical import canonical
 from forge_jax.arch.ffn import GATED
 from forge_jax.arch.mixers import longconv, ssm
+from forge_jax.arch.mixers.latent import latent_of
 from forge_jax.arch.mixing import SSM, Attention, Mixer, Retention, RouteUnit
 from forge_jax.arch.positions import BUCKETS
 from forge_jax.arch.schema import Arch, Spec
@@ -74,6 +75,8 @@ def cost(spec: Spec, time: int | None = None) -> Cost:
     state = layers * sum(_state(m, arch, width) for m in sizes.mixers(arch.mix_unit))
     policy = arch.kv_policy or KVPolicy()
     slots = min(time, policy.window or time)
+    if policy.latent and policy.latent.update:
+        slots = -(-time // policy.latent.update.freq) * policy.latent.update.freq
     kept = 0.0 if policy.cache == "none" else kv * slots + state
     params = ends.params + block.params * arch.n_layers
     return Cost(int(params), flops[0], 3 * flops[1], kv if kept else 0.0, kept)
@@ -124,6 +127,8 @@ def _block(arch: Arch, time: int) -> _Part:
     neither = residual.kind == "single" and residual.pre_ln is False and not residual.post_ln
     norms = 4 if both else 0 if neither else 2
     adds = _Part(0, 2 * time * arch.d_model)
+    if arch.depth_router:
+        adds += _linear(arch.d_model, 1, time) + _Part(0, 3 * time * arch.d_model)
     return _unit(arch, time) + _ffn(arch, time) + _norm(arch, time).times(norms) + adds
 
 
@@ -175,7 +180,12 @@ def _attention(mixer: Attention, arch: Arch, time: int) -> _Part:
     d = arch.d_model
     heads, size = sizes.heads_of(mixer, d)
     kv_heads = mixer.kv_heads or heads
-    out = _linear(d, heads * size, time).times(2) + _linear(d, kv_heads * size, time).times(2)
+    out, read, latent = _linear(d, heads * size, time).times(2), d, latent_of(arch)
+    if latent:
+        read = latent.dim
+        out += _linear(d, latent.dim, time)
+        out += _Part(0, 3 * time * latent.dim if latent.update else 0)
+    out += _linear(read, kv_heads * size, time).times(2)
     softmax = mixer.softmax
     if softmax and softmax.qk_norm != "none":
         each = 1 if softmax.qk_norm == "rms" else 2
@@ -216,13 +226,18 @@ def _kv(mixer: Mixer, arch: Arch, width: int) -> float:
     if not isinstance(mixer, Attention) or sizes.features_of(mixer):
         return 0.0
     heads, size = sizes.heads_of(mixer, arch.d_model)
-    quant = arch.kv_policy.quant if arch.kv_policy else "none"
+    quant, latent = arch.kv_policy.quant if arch.kv_policy else "none", latent_of(arch)
+    if latent:
+        each = latent.update.freq if latent.update else 1
+        return quantize.bytes_of(latent.dim, quant, width) / each
     return 2 * (mixer.kv_heads or heads) * quantize.bytes_of(size, quant, width)
 
 
 def _state(mixer: Mixer, arch: Arch, width: int) -> float:
     """Bytes of what one layer keeps whatever the length."""
     if isinstance(mixer, Attention):
+        if latent := latent_of(arch):
+            return 4 * latent.dim if latent.update else 0
         heads, size = sizes.heads_of(mixer, arch.d_model)
         return 4 * heads * (sizes.features_of(mixer) or 0) * (size + 1)
     if isinstance(mixer, Retention | SSM):

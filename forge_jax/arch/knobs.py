@@ -26,6 +26,12 @@ def arch_knobs(arch: Arch) -> dict[str, Any]:
         out["residual_scale"] = residual.scale
     if recurrence is not None and recurrence.noise_std:
         out["noise"] = recurrence.noise_std
+    if arch.depth_router is not None:
+        out |= {"depth_budget": arch.depth_router.budget, "depth_tau": arch.depth_router.tau}
+    schedule = recurrence.loops.schedule if recurrence and recurrence.loops else None
+    if schedule is not None:
+        names = {"mean": "loop_mean", "sigma": "loop_sigma", "warmup_steps": "loop_warmup"}
+        out |= {new: v for old, new in names.items() if (v := getattr(schedule, old)) is not None}
     if arch.pos.rope is not None:
         out["theta"] = arch.pos.rope.theta
         if arch.pos.rope.scaling is not None:
@@ -42,6 +48,8 @@ def _mixer(mixer: Mixer, arch: Arch) -> dict[str, Any]:
         out |= {"softcap": softmax.softcap, "scale": softmax.qk_scale}
     if policy is not None:
         out["kv_window"] = policy.window
+        update = policy.latent.update if policy.latent else None
+        out["tau"] = update.tau if update else None
     return {name: value for name, value in out.items() if value is not None}
 
 
@@ -58,8 +66,12 @@ def compile_key(spec: Spec, length: int = 0) -> str:
     _blank(tree["mix_unit"].get("router", {}), "temp", "balance")
     _blank(tree.get("residual", {}), "scale")
     _blank(tree.get("recurrence", {}), "noise_std")
+    _blank(tree.get("depth_router", {}), "budget", "tau")
+    loops = tree.get("recurrence", {}).get("loops", {})
+    _blank(loops.get("schedule", {}), "mean", "sigma", "warmup_steps")
     _blank(tree["pos"].get("rope", {}), "theta")
     _blank(tree["pos"].get("rope", {}).get("scaling", {}), "factor")
+    _blank((tree.get("kv_policy", {}).get("latent") or {}).get("update", {}), "tau")
     policy = full.arch.kv_policy
     if policy and policy.window and policy.window >= length:
         _blank(tree["kv_policy"], "window")

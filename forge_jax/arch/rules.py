@@ -18,7 +18,7 @@ from forge_jax.arch.mixing import (
     Stencil,
 )
 from forge_jax.arch.schema import Arch, Spec
-from forge_jax.arch.structure import MoEFFN
+from forge_jax.arch.structure import Loops, MoEFFN, Schedule
 
 Path = tuple[str | int, ...]
 Finding = tuple[Path, str]
@@ -140,12 +140,23 @@ def _cache(arch: Arch) -> Iterator[Finding]:
         return
     if policy.cache in ("window", "ring") and policy.window is None:
         yield ("arch", "kv_policy", "window"), f"is needed by a {policy.cache} cache"
-    if (policy.cache == "latent") != (policy.latent is not None):
-        yield ("arch", "kv_policy", "latent"), "goes with a latent cache, and only with it"
+    latent, path = policy.latent, ("arch", "kv_policy", "latent")
+    if (policy.cache == "latent") != (latent is not None):
+        yield path, "goes with a latent cache, and only with it"
+    if latent is None:
+        return
+    if latent.update and latent.update.kind == "ema" and latent.update.tau is None:
+        yield (*path, "update", "tau"), "is needed by an ema update"
+    for mixer in sizes.attentions(arch):
+        heads, _ = sizes.heads_of(mixer, arch.d_model)
+        if latent.heads and heads % latent.heads:
+            yield (*path, "heads"), f"must divide the {heads} heads, got {latent.heads}"
 
 
 def _around(arch: Arch) -> Iterator[Finding]:
-    residual, recurrence = arch.residual, arch.recurrence
+    residual, recurrence, router = arch.residual, arch.recurrence, arch.depth_router
+    if router and router.kind != "none" and router.budget is None:
+        yield ("arch", "depth_router", "budget"), f"is needed by a {router.kind} router"
     if residual and residual.kind == "dual" and False in (residual.pre_ln, residual.post_ln):
         yield ("arch", "residual"), "dual has both norms, pre_ln and post_ln"
     if recurrence:
@@ -153,6 +164,19 @@ def _around(arch: Arch) -> Iterator[Finding]:
         if sum(parts) != arch.n_layers:
             sentence = f"prelude + body + coda must be n_layers {arch.n_layers}, got {sum(parts)}"
             yield ("arch", "recurrence"), sentence
+        yield from _schedule(recurrence.loops or Loops())
+
+
+def _schedule(loops: Loops) -> Iterator[Finding]:
+    path, schedule = ("arch", "recurrence", "loops", "schedule"), loops.schedule
+    if schedule is None:
+        return
+    if schedule.kind != "fixed" and schedule.mean is None:
+        yield (*path, "mean"), f"is needed by a {schedule.kind} schedule"
+    if schedule.curriculum != "none" and schedule.warmup_steps is None:
+        yield (*path, "warmup_steps"), f"is needed by a {schedule.curriculum} curriculum"
+    if schedule.max is not None and schedule.max < (schedule.min or 1):
+        yield (*path, "max"), f"must be at least min {schedule.min}, got {schedule.max}"
 
 
 def _train(spec: Spec) -> Iterator[Finding]:
@@ -168,14 +192,11 @@ def _unbuilt(spec: Spec) -> Iterator[Finding]:
     for name in ("cond", "hierarchy", "modules", "pipeline"):
         if getattr(arch, name) is not None:
             yield ("arch", name), never
-    if arch.depth_router and arch.depth_router.kind != "none":
-        yield ("arch", "depth_router", "kind"), f"{arch.depth_router.kind} {never}"
+    if arch.depth_router and arch.depth_router.kind == "layer":
+        reason = f"layer {never}: what a whole sequence passes by hangs on tokens to come"
+        yield ("arch", "depth_router", "kind"), reason
     if arch.kv_policy and arch.kv_policy.evict is not None:
         yield ("arch", "kv_policy", "evict"), never
-    if arch.kv_policy and arch.kv_policy.cache == "latent":
-        yield ("arch", "kv_policy", "cache"), f"latent {never}"
-    if arch.recurrence and arch.recurrence.loops and arch.recurrence.loops.schedule:
-        yield ("arch", "recurrence", "loops", "schedule"), never
     for path, mixer in placed_mixers(arch):
         if not isinstance(mixer, Attention):
             continue
@@ -213,14 +234,37 @@ def _idle(arch: Arch) -> Iterator[Finding]:
         yield ("arch", "kv_policy"), "has no effect without an Attention mixer"
     elif policy and policy.window and policy.cache not in ("window", "ring"):
         yield ("arch", "kv_policy", "window"), f"has no effect on a {policy.cache} cache"
+    update = policy.latent.update if policy and policy.latent else None
+    if update and update.kind == "linear" and update.tau:
+        yield ("arch", "kv_policy", "latent", "update", "tau"), "has no effect on a linear update"
     residual = arch.residual
     if residual and residual.kind == "deepnet" and (residual.pre_ln or residual.post_ln):
         yield ("arch", "residual"), "pre_ln and post_ln have no effect on deepnet"
+    router = arch.depth_router
+    if router and router.kind == "none" and len(_given(router)) > 1:
+        yield ("arch", "depth_router"), "has no effect while its kind is none"
+    elif router and router.min_layers >= arch.n_layers:
+        yield ("arch", "depth_router"), "has no effect where min_layers are all"
+    loops = arch.recurrence.loops if arch.recurrence else None
+    if loops and loops.schedule:
+        yield from _idle_schedule(loops.schedule)
+
+
+def _idle_schedule(schedule: Schedule) -> Iterator[Finding]:
+    path = ("arch", "recurrence", "loops", "schedule")
+    if schedule.kind == "fixed":
+        for field in sorted(_given(schedule) & {"mean", "sigma"}):
+            yield (*path, field), "has no effect on a fixed schedule"
+    if schedule.curriculum == "none" and schedule.warmup_steps:
+        yield (*path, "warmup_steps"), "has no effect without a curriculum"
 
 
 def _idle_attention(path: Path, mixer: Attention, arch: Arch) -> Iterator[Finding]:
     if mixer.pos == "none" and arch.pos.kind == "learned":
         yield (*path, "pos"), "has no effect on learned positions, which are added to the tokens"
+    latent = arch.kv_policy.latent if arch.kv_policy else None
+    if mixer.kv_heads and latent and latent.heads:
+        yield (*path, "kv_heads"), "has no effect beside arch.kv_policy.latent.heads"
     stencil, softmax = mixer.stencil, mixer.softmax
     if stencil:
         for field in _given(stencil) - set.union(*STENCILS[stencil.kind]) - {"kind"}:

@@ -76,8 +76,11 @@ class LatentUpdate(Node):
     """How the latent follows the tokens."""
 
     kind: Literal["linear", "ema"] = "linear"
+    """the mean of the tokens of a block, or a moving average of all"""
     freq: PositiveInt = 1
+    """tokens of a block, of which one latent is kept"""
     tau: Fraction | None = None
+    """weight of the new token (ema)"""
 
 
 class LatentCache(Node):
@@ -85,6 +88,7 @@ class LatentCache(Node):
 
     dim: PositiveInt
     heads: PositiveInt | None = None
+    """of keys and values, in place of the mixers' kv_heads"""
     update: LatentUpdate | None = None
 
 
@@ -162,8 +166,11 @@ class DepthRouter(Node):
 
     kind: Literal["token", "layer", "none"] = "none"
     budget: Fraction | None = None
+    """share of the tokens that a layer is to work on"""
     tau: PositiveFloat | None = None
+    """temperature of the gate, 1 by default"""
     min_layers: Count = 0
+    """the first so many layers work on all tokens"""
 
 
 class Schedule(Node):
@@ -171,12 +178,18 @@ class Schedule(Node):
 
     kind: Literal["fixed", "poisson_lognormal"] = "fixed"
     mean: PositiveFloat | None = None
+    """of the Poisson rate"""
     sigma: NonNegative | None = None
+    """deviation of the logarithm of the rate, 0 by default"""
     min: PositiveInt | None = None
     max: PositiveInt | None = None
+    """loops that are computed; 2 mean + 1 by default"""
     curriculum: Literal["none", "linear", "sqrt"] = "none"
+    """the way from `min` to the full number"""
     warmup_steps: PositiveInt | None = None
+    """training steps of that way"""
     backprop: PositiveInt | None = None
+    """the last so many loops have a gradient"""
 
 
 class Loops(Node):

@@ -324,11 +324,39 @@ def loops(tree: Tree, rng: random.Random) -> bool:
     return True
 
 
+def schedule(tree: Tree, rng: random.Random) -> bool:
+    """Draw the training loops, let them grow, or take all in every step."""
+    if "recurrence" not in tree:
+        return False
+    looped = tree["recurrence"]["loops"]
+    if looped.pop("schedule", None) is None:
+        growing = {"curriculum": rng.choice(["linear", "sqrt"]), "warmup_steps": 100}
+        drawn = {"kind": "poisson_lognormal", "mean": 1.5, "sigma": 0.5, "max": looped["train"] + 1}
+        looped["schedule"] = rng.choice([growing, drawn, {"backprop": 1}])
+    return True
+
+
+def depth_router(tree: Tree, rng: random.Random) -> bool:
+    """Let tokens pass layers by, more or fewer of them, or stop."""
+    router = tree.get("depth_router")
+    if router is None:
+        tree["depth_router"] = {"kind": "token", "budget": 0.5, "min_layers": rng.randint(0, 1)}
+    elif rng.random() < 0.3:
+        del tree["depth_router"]
+    else:
+        router["budget"] = step_in([0.25, 0.5, 0.75], router["budget"], rng)
+    return True
+
+
 def cache(tree: Tree, rng: random.Random) -> bool:
     """What decoding keeps, and in how many bits."""
     policy = dict(tree.get("kv_policy", {"cache": "full", "quant": "none"}))
     if rng.random() < 0.5:
         policy["quant"] = other(["none", "int8", "fp8", "nf4"], policy["quant"], rng)
+    elif policy["cache"] == "latent":
+        policy["latent"] = {"dim": step_in(POWERS, policy["latent"]["dim"], rng)}
+    elif policy["cache"] == "full" and rng.random() < 0.3:
+        policy |= {"cache": "latent", "latent": {"dim": max(8, tree["d_model"] // 4)}}
     elif policy["cache"] == "window":
         policy["window"] = step_in(POWERS, policy["window"], rng)
     else:
@@ -342,6 +370,6 @@ EDITS: dict[str, Edit] = {
     for f in (
         *(width, depth, heads, kv_heads, stencil, window, softmax, value_glu, positions),
         *(no_positions, rope, swap_mixer, add_mixer, drop_mixer, merge, router, state),
-        *(ffn_width, ffn_act, experts, norm, residual, recur, loops, cache),
+        *(ffn_width, ffn_act, experts, norm, residual, recur, loops, schedule, depth_router, cache),
     )
 }

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 
 from forge_jax import arch
+from forge_jax.arch.block import Block
+from forge_jax.arch.knobs import arch_knobs
+from forge_jax.arch.loops import loop_count
+from forge_jax.arch.mixers.frame import Frame
+from forge_jax.arch.structure import Schedule
 from tests.arch.documents import BASE, edited
-from tests.arch.programs import jitted, random_network, random_tokens
+from tests.arch.programs import jitted, random_like, random_network, random_tokens
 
 A = {"kind": "Attention", "heads": 4, "kv_heads": 2}
 F = {**A, "softmax": {"type": "kernel", "kernel": {"features": 8}}}
@@ -21,6 +26,10 @@ LOOPS = {"prelude": 1, "body": 1, "coda": 1, "loops": {"train": 3, "eval": 2}}
 
 def unit(kind, *choices, **more):
     return {"arch.mix_unit": {"kind": kind, "choices": list(choices), **more}}
+
+
+def latents(quant="none", **latent):
+    return {"cache": "latent", "quant": quant, "latent": {"dim": 6, **latent}}
 
 
 DOCUMENTS = {
@@ -40,7 +49,20 @@ DOCUMENTS = {
         "arch.residual": {"kind": "dual"},
         "arch.recurrence": {**LOOPS, "adapter": "concat_linear"},
     },
+    "latents that follow three tokens": {
+        "arch.pos.kind": "xpos",
+        "arch.mix_unit.mixer.softmax": {"qk_norm": "rms"},
+        "arch.kv_policy": latents(quant="int8", update={"freq": 3}),
+    },
+    "a moving latent of every second token": {
+        "arch.pos.kind": "alibi",
+        "arch.kv_policy": latents(heads=1, update={"kind": "ema", "freq": 2, "tau": 0.4}),
+    },
     "DeepNet with xPos": {"arch.pos.kind": "xpos", "arch.residual": {"kind": "deepnet"}},
+    "ResiDual whose tokens pass layers by": {
+        "arch.residual": {"kind": "dual"},
+        "arch.depth_router": {"kind": "token", "budget": 0.5, "min_layers": 1},
+    },
 }
 
 
@@ -71,8 +93,9 @@ def test_decoding_is_the_full_pass_and_looks_back_only(name):
         assert not np.array_equal(changed[:, at], full[:, at])
 
 
-def test_a_prompt_may_overrun_a_ring():
-    policy = {"cache": "ring", "window": 3}
+@pytest.mark.parametrize("policy", [{"cache": "ring", "window": 3}, latents(update={"freq": 4})])
+def test_a_prompt_may_come_in_parts(policy):
+    """A ring is overrun by the first part, a block of latents is cut by it."""
     spec, network, params = random_network(edited({"arch.kv_policy": policy}))
     tokens = random_tokens(12)
     full = jitted(network.apply)(params, tokens)[0]
@@ -143,6 +166,84 @@ def test_training_loops_noise_and_balance():
     assert not np.allclose(one, two)
     assert float(loss) >= 2 * 0.5  # two loops of one layer, each at least the weight
     assert np.abs(gradient["params"]["body"]["mix"]["router"]["kernel"]).max() > 0
+
+
+LOOPED = {"prelude": 0, "body": 1, "coda": 1, "adapter": "residual"}
+
+
+def test_a_schedule_decides_how_many_loops_are_taken_and_how_many_have_a_gradient():
+    """A ramp from one loop to three; with two loops cut the first state has no gradient."""
+    tokens, key = random_tokens(6), jax.random.key(0)
+
+    def network(train, schedule):
+        loops = {"train": train, "eval": 2} | ({"schedule": schedule} if schedule else {})
+        _, built, params = random_network(edited({"arch.recurrence": {**LOOPED, "loops": loops}}))
+
+        def out(params, step=0):
+            rngs = {"noise": key}
+            return built.apply(params, tokens, train=True, rngs=rngs, step=step)[0]
+
+        return jitted(out), params
+
+    ramp, params = network(3, {"curriculum": "linear", "warmup_steps": 9})
+    for step, loops in ((0, 1), (4, 2), (8, 3), (99, 3)):
+        np.testing.assert_allclose(ramp(params, step), network(loops, None)[0](params), atol=1e-5)
+
+    identity = {"arch.recurrence": {"body": 1, "coda": 1, "loops": {"train": 3}}}
+
+    def embedding_gradient(backprop):
+        schedule = {"arch.recurrence.loops.schedule": {"backprop": backprop}}
+        _, built, params = random_network(edited(identity | schedule))
+        f = jitted(
+            jax.grad(
+                lambda p: built.apply(p, tokens, train=True, rngs={"noise": key})[0][..., 0].sum()
+            )
+        )
+        gradient = f(params)["params"]
+        assert np.abs(gradient["coda"]["mix"]["mixer_0"]["v"]["kernel"]).max() > 0
+        return np.abs(gradient["embed"]["embedding"]).max()
+
+    assert embedding_gradient(1) == embedding_gradient(2) == 0
+    assert embedding_gradient(3) > 0
+
+
+def test_drawn_loops_follow_their_distribution():
+    schedule = Schedule(kind="poisson_lognormal", mean=2.5, sigma=0.6, min=2, max=6)
+    knobs = {"loop_mean": 2.5, "loop_sigma": 0.6}
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    got = jitted(jax.vmap(lambda key: loop_count(schedule, 6, knobs, 0, key)))(keys)
+    rng = np.random.default_rng(0)
+    rates = np.exp(rng.normal(np.log(2.5) - 0.18, 0.6, 20_000))
+    wanted = np.clip(1 + rng.poisson(rates), 2, 6)
+    for n in range(1, 8):
+        assert np.mean(got == n) == pytest.approx(np.mean(wanted == n), abs=0.015)
+
+
+def test_a_depth_router_lets_tokens_pass_and_is_taught_its_budget():
+    """The layer without a router is the oracle; the gate and its loss are NumPy's."""
+    router = {"kind": "token", "budget": 0.3, "tau": 0.7}
+    plain, routed = (
+        arch.canonical(arch.from_dict(edited({"arch.depth_router": r}))) for r in (None, router)
+    )
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((2, 9, 16)), jnp.float32)
+    at = jnp.arange(9)
+    frame = Frame(at, None, arch_knobs(routed.arch) | {"mixers": ({},)}, 0)
+    block = Block(routed.arch, jnp.dtype("float32"))
+    params = random_like(jax.eval_shape(block.init, jax.random.key(0), (x,), frame, None)["params"])
+    ((y,), _), sown = block.apply({"params": params}, (x,), frame, None, mutable=["losses"])
+    rest = {name: value for name, value in params.items() if name != "depth"}
+    without = Block(plain.arch, jnp.dtype("float32"))
+    (full,), _ = without.apply({"params": rest}, (x,), frame, None)
+    logits = np.asarray(x @ params["depth"]["kernel"])[..., 0] / 0.7
+    gate = np.where(logits >= 0, 1 / (1 + np.exp(-logits)), 0)[..., None]
+    assert 0 < (gate == 0).mean() < 1
+    np.testing.assert_allclose(y, x + gate * (full - x), atol=1e-5)
+    wanted = logits >= np.sort(logits)[:, [-3]]  # ceil(0.3 x 9) of nine
+    losses = np.log1p(np.exp(-np.where(wanted, logits, -logits)))
+    assert float(sown["losses"]["passing"][0]) == pytest.approx(0.01 * losses.mean(), rel=1e-4)
+    ((y,), _) = block.apply({"params": params}, (x,), frame, None, True)
+    np.testing.assert_allclose(y, full, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused():

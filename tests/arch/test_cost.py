@@ -36,10 +36,13 @@ DOCUMENTS = [
     many("route", "WeightedAdd", router={"topk": 2}),
     many("route", "Concat", router={}),
     {"arch.ffn": {"kind": "moe", "mult": 1, "act": "swiglu", "experts": 3}},
+    {"arch.kv_policy": {"cache": "latent", "latent": {"dim": 24, "heads": 1}}},
+    {"arch.kv_policy": {"cache": "latent", "latent": {"dim": 24, "update": {"freq": 5}}}},
     {"arch.residual": {"kind": "dual"}},
     {"arch.residual": {"kind": "deepnet"}},
     {"arch.residual": {"kind": "single", "post_ln": True}},
     {"arch.residual": {"kind": "single", "pre_ln": False}},
+    {"arch.depth_router": {"kind": "token", "budget": 0.5}},
     {"arch.recurrence": {"prelude": 1, "body": 1, "loops": {"train": 3, "eval": 2}}},
     {
         "arch.recurrence": {"body": 2, "adapter": "concat_linear", "loops": {"train": 2}},

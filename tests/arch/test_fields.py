@@ -28,8 +28,12 @@ ROUTE = {
 PAR = {"kind": "par", "choices": ROUTE["choices"], "merge": "Add"}
 MOE = {"kind": "moe", "mult": 1, "act": "relu", "experts": 3, "topk": 2, "capacity": 0.5}
 LOOP = {"prelude": 0, "body": 2, "loops": {"train": 3, "eval": 2}}
+DRAWN = {"kind": "poisson_lognormal", "mean": 1.5, "max": 5}
+RAMP = {"curriculum": "linear", "warmup_steps": 40}
 YARN = {"type": "yarn", "factor": 4}
 LONG = {"type": "longrope", "factor": 4, "longrope": {"alpha": 1, "beta": 1}}
+LATENT = {"cache": "latent", "latent": {"dim": 4}}
+DEEP = {"kind": "token", "budget": 0.5}
 SSM = {"kind": "SSM", "heads": 2, "d_state": 4, "chunk": 4}
 RETENTION = {"kind": "Retention", "heads": 2, "chunk": 4}
 REFUSED = "refused"
@@ -60,7 +64,15 @@ CASES = {
     ("Arch", "recurrence"): ({}, {"arch.recurrence": LOOP}),
     ("Arch", "cond"): (REFUSED, {"arch.cond": {}}),
     ("Arch", "hierarchy"): (REFUSED, {"arch.hierarchy": {"levels": [{"every": 2}]}}),
-    ("Arch", "depth_router"): (REFUSED, {"arch.depth_router": {"kind": "token"}}),
+    ("Arch", "depth_router"): ({}, {"arch.depth_router": DEEP}),
+    ("DepthRouter", "kind"): ({"arch.depth_router": DEEP}, {"arch.depth_router.kind": "none"}),
+    **{
+        ("DepthRouter", name): (
+            {"arch.depth_router": DEEP},
+            {f"arch.depth_router.{name}": value},
+        )
+        for name, value in {"budget": 0.2, "tau": 0.3, "min_layers": 1}.items()
+    },
     ("Arch", "modules"): (REFUSED, {"arch.modules": {}}),
     ("Arch", "pipeline"): (REFUSED, {"arch.pipeline": []}),
     ("SingleUnit", "kind"): ({}, {"arch.mix_unit": PAR}),
@@ -182,9 +194,24 @@ CASES = {
     ),
     ("KVPolicy", "quant"): ({}, {"arch.kv_policy.quant": "nf4"}),
     ("KVPolicy", "evict"): (REFUSED, {"arch.kv_policy.evict": "lru"}),
-    ("KVPolicy", "latent"): (
-        REFUSED,
-        {"arch.kv_policy": {"cache": "latent", "latent": {"dim": 4}}},
+    ("KVPolicy", "latent"): ({"arch.kv_policy": LATENT}, {"arch.kv_policy.latent.dim": 6}),
+    ("LatentCache", "dim"): ({"arch.kv_policy": LATENT}, {"arch.kv_policy.latent.dim": 6}),
+    ("LatentCache", "heads"): ({"arch.kv_policy": LATENT}, {"arch.kv_policy.latent.heads": 4}),
+    ("LatentCache", "update"): (
+        {"arch.kv_policy": LATENT},
+        {"arch.kv_policy.latent.update": {"freq": 3}},
+    ),
+    ("LatentUpdate", "kind"): (
+        {"arch.kv_policy": LATENT, "arch.kv_policy.latent.update": {"freq": 3, "tau": 0.5}},
+        {"arch.kv_policy.latent.update.kind": "ema"},
+    ),
+    ("LatentUpdate", "freq"): (
+        {"arch.kv_policy": LATENT, "arch.kv_policy.latent.update": {"freq": 3}},
+        {"arch.kv_policy.latent.update.freq": 4},
+    ),
+    ("LatentUpdate", "tau"): (
+        {"arch.kv_policy": LATENT, "arch.kv_policy.latent.update": {"kind": "ema", "tau": 0.5}},
+        {"arch.kv_policy.latent.update.tau": 0.2},
     ),
     ("Residual", "kind"): ({}, {"arch.residual.kind": "deepnet"}),
     ("Residual", "pre_ln"): ({}, {"arch.residual.pre_ln": False}),
@@ -207,16 +234,31 @@ CASES = {
     ("Recurrence", "loops"): ({"arch.recurrence": LOOP}, {"arch.recurrence.loops": {"train": 4}}),
     ("Loops", "train"): ({"arch.recurrence": LOOP}, {"arch.recurrence.loops.train": 4}),
     ("Loops", "eval"): ({"arch.recurrence": LOOP}, {"arch.recurrence.loops.eval": 1}),
-    ("Loops", "schedule"): (
-        REFUSED,
+    ("Loops", "schedule"): ({"arch.recurrence": LOOP}, {"arch.recurrence.loops.schedule": DRAWN}),
+    ("Schedule", "kind"): (
         {"arch.recurrence": LOOP, "arch.recurrence.loops.schedule": {"mean": 2}},
+        {"arch.recurrence.loops.schedule.kind": "poisson_lognormal"},
     ),
+    **{
+        ("Schedule", name): (
+            {"arch.recurrence": LOOP, "arch.recurrence.loops.schedule": DRAWN},
+            {f"arch.recurrence.loops.schedule.{name}": value},
+        )
+        for name, value in {"mean": 9, "sigma": 5, "min": 5, "max": 2}.items()
+    },
+    **{
+        ("Schedule", name): (
+            {"arch.recurrence": LOOP, "arch.recurrence.loops.schedule": RAMP},
+            {f"arch.recurrence.loops.schedule.{name}": value},
+        )
+        for name, value in {"curriculum": "sqrt", "warmup_steps": 8}.items()
+    },
+    ("Schedule", "backprop"): TRAIN,
 }
 # Nodes that stand only below a field that is refused.
 BELOW_REFUSED = {
-    *("Module", "ModuleBudget", "Stage", "StageBudget", "LatentCache", "LatentUpdate"),
+    *("Module", "ModuleBudget", "Stage", "StageBudget"),
     *("Cond", "CondSource", "CondReg", "CondOp", "Hierarchy", "HierarchyLevel"),
-    *("DepthRouter", "Schedule"),
 }
 
 

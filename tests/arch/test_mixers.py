@@ -155,6 +155,36 @@ def test_attention_through_a_window_and_a_policy():
     np.testing.assert_allclose(y, wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("update", "stands_for"),
+    [
+        ({}, lambda t: {t: 1.0}),
+        ({"freq": 3}, lambda t: {s: 1 / (t % 3 + 1) for s in range(t - t % 3, t + 1)}),
+        (
+            {"kind": "ema", "freq": 2, "tau": 0.3},
+            lambda t: {s: 0.7 ** (t - s) * (0.3 if s else 1.0) for s in range(t + 1)},
+        ),
+    ],
+)
+def test_latent_attention(update, stands_for):
+    """Keys and values of the ended blocks' latents, and of the token's own, turned when read."""
+    policy = {"cache": "latent", "latent": {"dim": 6, "heads": 2, "update": update}}
+    x, p, y = run(attending({"arch.kv_policy": policy}))
+    c = x @ p["latent/kernel"]
+    r = np.stack([sum(w * c[s] for s, w in stands_for(t).items()) for t in range(TIME)])
+    q = heads_of(x, p["q/kernel"], 4)
+    k, v = (heads_of(r, p[f"{n}/kernel"], 2) for n in "kv")
+    out, freq = np.zeros_like(q), update.get("freq", 1)
+    for h in range(4):
+        query, keys = turned(q[h], 4), turned(k[h // 2], 4)
+        for i in range(TIME):
+            seen = [j for j in range(i + 1) if j % freq == freq - 1 or j == i]
+            w = np.exp(keys[seen] @ query[i] / 2)
+            out[h, i] = w / w.sum() @ v[h // 2][seen]
+    wanted = out.swapaxes(0, 1).reshape(TIME, -1) @ p["out/kernel"]
+    np.testing.assert_allclose(y, wanted, atol=2e-5)
+
+
 def test_performer():
     softmax = {"type": "kernel", "kernel": {"features": 8}}
     x, p, y = run(attending(softmax=softmax, **NONE))

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments import evolve
 from experiments import run as runs
 from experiments.evolution.candidates import Limits
+from experiments.evolution.search import variant
 from experiments.evolution.settings import rungs, settings_of
 from experiments.evolution.shown import cells, latest, table
 from forge_jax import arch
@@ -119,7 +121,16 @@ def again(out, sweep, capsys):
     assert {name: (out / name).read_bytes() for name in names} == before
     assert evolve.main(evolve.Lineage(out, direction="LR")) == 0
     assert (out / "lineage.mmd").read_text().startswith("graph LR\n")
+    index = out / "search_report.json"
+    shared: dict[str, Any] = {"seq_len": 8, "task": "sums", "held_out": 2}
+    args = evolve.Evolve((out.parent / "a.yaml",), top_index=index, top_count=2, **shared)
+    specs, _ = evolve.set_up(args)
+    windows = [s.arch.mix_unit.mixer.stencil.window for s in specs.values()]
+    assert windows == [3, 5]  # `a` is met again under another name, `c` has no score
+    assert list(specs) == ["a", "run-gen_0-variant_1"]
     refused = [
+        (dataclasses.replace(args, top_index=out / "config.json"), "must be a search_report.json"),
+        (dataclasses.replace(args, top_count=0), "`top_index` and a positive `top_count`"),
         (sweep, "already exists"),
         (dataclasses.replace(sweep, resume=True, seed=1), r"other settings: seed \(was 0, now 1\)"),
         (dataclasses.replace(sweep, files=()), "There is no document"),
@@ -139,6 +150,11 @@ def test_flags_mean_a_search():
     assert [found.ladder.steps(r) for r in range(5)] == [20, 40, 80, 140, 200]
     assert (found.trials, found.immigrants, found.macro) == (10, 0.2, 0.35)
     assert (found.parents, found.novel_parents, found.aging) == (3, 2, True)
+    full = dataclasses.replace(args, overflow_factor=1.6)
+    more = settings_of(full, 2)
+    assert (more.trials, more.population, more.immigrants) == (16, 5, 1 / 8)
+    assert [variant(i, more) for i in (7, 8)] == ["gen_0/variant_7", "gen_1/variant_0"]
+    assert [variant(i, found) for i in (4, 5)] == ["gen_0/variant_4", "gen_1/variant_0"]
     plain = settings_of(evolve.Train((Path("x"),), steps=7), 3)
     assert (plain.trials, plain.ladder.rungs, plain.ladder.steps(0)) == (3, 1, 7)
     assert rungs(10, 60, 3) == 2

@@ -89,14 +89,34 @@ class AttentionMixer(nn.Module):
 
     @nn.compact
     def __call__(self, x, frame: Frame, state: State | None = None):
-        mixer, policy = self.mixer, self.arch.kv_policy or KVPolicy()
+        mixer, at = self.mixer, frame.positions
         heads, size = sizes.heads_of(mixer, self.arch.d_model)
-        kv_heads = mixer.kv_heads or heads
         q = split_heads(linear("q", heads * size, self.dtype)(x), heads)
-        k = split_heads(linear("k", kv_heads * size, self.dtype)(x), kv_heads)
-        v = split_heads(linear("v", kv_heads * size, self.dtype, self.gain)(x), kv_heads)
-        q, k = self.placed(*self.normed(q, k), frame)
-        at = slots = frame.positions
+        q = self.placed("q", q, frame, at)
+        k, v, slots, seen, state = self.past(x, frame, state)
+        mask = visible(mixer.stencil, at, slots, frame.knobs)
+        if seen is not None:
+            mask = mask & seen
+        scale = frame.knobs.get("scale", size**-0.5)
+        out = attend(
+            *(q, k, v, mask),
+            scale=scale,
+            softcap=frame.knobs.get("softcap"),
+            bias=self.bias(heads, at[:, None] - slots),
+        )
+        y = linear("out", self.arch.d_model, self.dtype, self.gain)(join_heads(out))
+        if mixer.value_glu:
+            y = y * nn.sigmoid(linear("glu", self.arch.d_model, self.dtype)(x))
+        return y, state
+
+    def past(self, x, frame: Frame, state):
+        """Keys and values, their positions, who else may not see them, the state with them."""
+        policy = self.arch.kv_policy or KVPolicy()
+        heads, size = sizes.heads_of(self.mixer, self.arch.d_model)
+        heads, at, slots = self.mixer.kv_heads or heads, frame.positions, frame.positions
+        k = split_heads(linear("k", heads * size, self.dtype)(x), heads)
+        v = split_heads(linear("v", heads * size, self.dtype, self.gain)(x), heads)
+        k = self.placed("k", k, frame, at)
         if state is None:
             k, v = quantize.through(k, policy.quant), quantize.through(v, policy.quant)
         else:
@@ -110,37 +130,22 @@ class AttentionMixer(nn.Module):
                 for pair in zip((state.keys, state.values), packed, strict=True)
             )
             state = remember(state, *packed, at)
-        mask = visible(mixer.stencil, at, slots, frame.knobs)
-        if policy.window:
-            mask = mask & (slots > at[:, None] - frame.knobs["kv_window"])
-        scale = frame.knobs.get("scale", size**-0.5)
-        out = attend(
-            *(q, k, v, mask),
-            scale=scale,
-            softcap=frame.knobs.get("softcap"),
-            bias=self.bias(heads, at[:, None] - slots),
-        )
-        y = linear("out", self.arch.d_model, self.dtype, self.gain)(join_heads(out))
-        if mixer.value_glu:
-            y = y * nn.sigmoid(linear("glu", self.arch.d_model, self.dtype)(x))
-        return y, state
+        seen = slots > at[:, None] - frame.knobs["kv_window"] if policy.window else None
+        return k, v, slots, seen, state
 
-    def normed(self, q, k):
-        """Norm of every head."""
+    def placed(self, name: str, x, frame: Frame, at):
+        """The heads "q" or "k", normed and turned."""
         softmax = self.mixer.softmax
-        if softmax is None or softmax.qk_norm == "none":
-            return q, k
-        make = nn.RMSNorm if softmax.qk_norm == "rms" else nn.LayerNorm
-        return (
-            make(epsilon=1e-6, dtype=self.dtype, name="q_norm")(q),
-            make(epsilon=1e-6, dtype=self.dtype, name="k_norm")(k),
-        )
+        if softmax is not None and softmax.qk_norm != "none":
+            make = nn.RMSNorm if softmax.qk_norm == "rms" else nn.LayerNorm
+            x = make(epsilon=1e-6, dtype=self.dtype, name=f"{name}_norm")(x)
+        turn = self.turn(frame, "qk".index(name), at)
+        return x if turn is None else positions.rotate(x, turn)
 
-    def placed(self, q, k, frame: Frame):
-        """Rotate queries and keys."""
-        if frame.turn is None:
-            return q, k
-        return positions.rotate(q, frame.turn[0]), positions.rotate(k, frame.turn[1])
+    def turn(self, frame: Frame, which: int, at):
+        """The rotations of queries (0) or keys (1) at these positions."""
+        del at  # the frame's are of this call's
+        return None if frame.turn is None else frame.turn[which]
 
     def bias(self, heads: int, distance):
         """ALiBi's slopes, or a learned bias per bucket of distance."""
