@@ -14,7 +14,6 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -67,6 +66,8 @@ class Args:
     training: Settings = DEFAULTS
     chat: bool = False
     """talk to the adapted model in the terminal instead; nothing is measured"""
+    mix: bool = False
+    """in the conversation all experts answer together, by their probabilities"""
     resume: bool = False
     """go on with a killed run in `out`"""
     replace: bool = False
@@ -99,6 +100,10 @@ def load(args: Args) -> tuple[Problem, dict[str, Any] | None]:
     """
     args.training.check()
     found = None if args.experts is None else load_phase8(args.experts)
+    settings: dict[str, Any] = {"select": "both", "source": "procedural", "data": None}
+    settings |= {"stop_token": args.stop_token, "free_tokens": 128}
+    if args.experts is not None:
+        settings = problem.run_settings(args.experts)
     domains = args.domains if found is None else tuple(found.experts)
     for domain in domains:
         wordings_of(domain, "plain")  # refuses a domain without wordings before anything is loaded
@@ -109,15 +114,11 @@ def load(args: Args) -> tuple[Problem, dict[str, Any] | None]:
     }
     made = problem.set_up(
         args.checkpoint or (model.NANO if args.base == "nano" else model.smollm2()),
-        select="both",
         domains=domains,
         unplanted=(),
-        source="procedural",
-        data=None,
-        stop_token=args.stop_token,
         counts=counts,
-        free_tokens=128,
         chunk=8,
+        **settings,
     )
     if found is None:
         return made, None
@@ -127,8 +128,7 @@ def load(args: Args) -> tuple[Problem, dict[str, Any] | None]:
             f"The experts in {args.experts} are of another base ({str(theirs)[:12]}), this one is "
             f"{ours[:12]}."
         )
-    paths = next(iter(found.experts.values()))
-    z = {path: jnp.stack([found.experts[d][path] for d in domains]) for path in paths}
+    z: Any = problem.stacked(found.experts)
     adapt.check_experts(made.weights["factors"], z)
     return made, z
 
@@ -152,10 +152,12 @@ def sets_of(made: Problem, args: Args) -> dict[str, Asked]:
             "reworded": ("test", "reworded", args.items),
             "shared": ("test", "shared", args.items),
         },
+        others=args.items,
     )
 
 
 MEASURED = ("plain", "reworded", "shared")
+"""sets whose questions have an expert; those of "other" are for the base"""
 
 
 def run_all(run: runs.Run, args: Args, made: Problem, z) -> dict[str, Any]:
@@ -163,17 +165,17 @@ def run_all(run: runs.Run, args: Args, made: Problem, z) -> dict[str, Any]:
     sets = sets_of(made, args)
     ways = dispatching.fit(made, sets, args.expert_steps, args.seed)
     choosers = dispatching.make_choosers(made)
-    shares = dispatching.measure(choosers, ways, sets, ("validation", *MEASURED))
+    shares = dispatching.measure(choosers, ways, sets, ("validation", *MEASURED, "other"))
     runs.log(
         run,
         {"step": 0, **{f"dispatch/{w}/{s}": v for w, r in shares.items() for s, v in r.items()}},
     )
     # the head first: of ways that are as good it is the one without a prompt of its own
     way = max(("head", "expert", "calibrated", "labels"), key=lambda w: shares[w]["validation"])
-    served = serving.accuracy(made, z, ways, way, sets["plain"])
-    runs.log(
-        run, {"step": 1, **{f"two_pass/{k}": v for k, v in served.items() if isinstance(v, float)}}
-    )
+    served = serving.accuracy(made, z, ways, way, {name: sets[name] for name in MEASURED})
+    shown = ("two_pass", "oracle", "base", "of_oracle", "dispatched_right")
+    logged = {f"two_pass/{name}/{k}": row[k] for name, row in served.items() for k in shown}
+    runs.log(run, {"step": 1, **logged})
     cost = runs.once(run, "costs", lambda: serving.costs(made, z, ways, way, sets["plain"]))
     given = {
         "seeds": parse_seeds(args.shot_seeds, "--shot-seeds"),
@@ -185,27 +187,29 @@ def run_all(run: runs.Run, args: Args, made: Problem, z) -> dict[str, Any]:
         runs.log(
             run, {"step": 2 + row["seed"], **{f"few_shot/{k}": v for k, v in row["test"].items()}}
         )
-    return {"dispatch": shares, "two_pass": served, "cost": cost, "few_shot": found}
+    return {"dispatch": shares, "way": way, "two_pass": served, "cost": cost, "few_shot": found}
 
 
 def show(summary: dict[str, Any]) -> None:
     """Print the tables."""
-    print("dispatch, % right" + "".join(f"{name:>11}" for name in MEASURED))
+    names = (*MEASURED, "other")
+    print("dispatch, % right" + "".join(f"{name:>11}" for name in names))
     for way, row in summary["dispatch"].items():
-        print(f"  {way:15}" + "".join(f"{100 * row[name]:11.1f}" for name in MEASURED))
-    two, cost = summary["two_pass"], summary["cost"]
-    print(
-        f"two passes ({two['way']}) {100 * two['two_pass']:.1f} %, oracle "
-        f"{100 * two['oracle']:.1f}, base {100 * two['base']:.1f}; {two['of_oracle']:.3f} of the "
-        "oracle"
-    )
-    print(
-        f"rows equal one expert alone: {two['rows_equal_one_expert_alone']}; recompilations for "
-        f"another number of experts: {two['recompiles_for_a_new_expert']}"
-    )
+        print(f"  {way:15}" + "".join(f"{100 * row[name]:11.1f}" for name in names))
+    for name, two in summary["two_pass"].items():
+        print(
+            f"two passes ({summary['way']}), {name}: {100 * two['two_pass']:.1f} %, oracle "
+            f"{100 * two['oracle']:.1f}, base {100 * two['base']:.1f}; {two['of_oracle']:.3f} of "
+            f"the oracle; rows equal one expert alone: {two['rows_equal_one_expert_alone']}, one "
+            f"by one: {two['rows_equal_one_by_one']}; recompilations for another number of "
+            f"experts: {two['recompiles_for_a_new_expert']}"
+        )
+    cost = summary["cost"]
     print(
         f"first pass {cost['first_ms']:.2f} ms (a prefill {cost['prefill_ms']:.2f}), second "
-        f"{cost['second_ms']:.1f} ms at {NEW} tokens: {100 * cost['first_of_second']:.1f} %"
+        f"{cost['second_ms']:.1f} ms at {NEW} tokens; beyond a prefill "
+        f"{cost['beyond_prefill_ms']:+.2f} ms, {100 * cost['beyond_prefill_of_second']:.2f} % of "
+        "the second"
     )
     for row in summary["few_shot"]["rows"]:
         said = ", ".join(f"{k} {100 * v:.0f}" for k, v in row["test"].items())
@@ -231,6 +235,9 @@ def main(args: Args) -> None:
     if not (args.resume or args.replace):
         runs.refuse_existing(args.out)
     made, z = load(args)
+    args.few_shot.check(len(made.tasks))
+    if len(made.tasks) < 2:
+        raise ValueError("A mixed domain needs two domains.")
     config = {**runs.plain(args), "base_sha256": made.model.checkpoint.sha256}
     with runs.opened(args.out, config, resume=args.resume, replace=args.replace) as run:
         z = train(run, args, made) if z is None else z
@@ -248,9 +255,9 @@ def talk(args: Args) -> None:
     made, z = load(args)
     assert z is not None
     sets = make_sets(made, {"fit": ("train", "fit", args.fit_items)})
-    ways = dispatching.fit(made, sets, 0, args.seed)
+    head = dispatching.fit_head(made, sets["fit"])
     padded = svf.pad_experts(z, len(made.tasks) + ROOM)
-    chat(make_reply(made, padded, ways))
+    chat(make_reply(made, padded, head, args.mix))
 
 
 if __name__ == "__main__":

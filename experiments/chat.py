@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data.batches import pad, prompt_rows
-from experiments.dispatching import Ways
 from experiments.model import texts
 from experiments.problem import Problem
 from forge_jax import adapt, svf
@@ -25,10 +24,10 @@ class Reply(NamedTuple):
     """What was said, by whom, and how long each pass took."""
 
     text: str
-    expert: str
-    probability: float
+    by: str  # an expert or a mixture, with its share
     first_ms: float
     second_ms: float
+    compile_s: float  # before the passes, where the question's length is new
 
 
 def bucket(length: int, context: int, new_tokens: int = NEW) -> int:
@@ -46,14 +45,30 @@ def bucket(length: int, context: int, new_tokens: int = NEW) -> int:
     return min(max(32, 1 << (length - 1).bit_length()), room)
 
 
-def make_reply(problem: Problem, experts, ways: Ways) -> Callable[[str], Reply]:
-    """`reply(question)`: classify, mix, answer; two compiled programs for every bucket."""
+def said_by(names: Sequence[str], alpha: np.ndarray) -> str:
+    """Who answers with these coefficients: shares of at least one per cent, the base the rest."""
+    shares = {name: float(a) for name, a in zip(names, alpha[: len(names)], strict=True)}
+    shares["base"] = 1 - sum(shares.values())
+    known = sorted((s for s in shares.items() if s[1] >= 0.01), key=lambda s: -s[1])
+    return " + ".join(name if a > 0.99 else f"{a:.2f} {name}" for name, a in known)
+
+
+def make_reply(
+    problem: Problem, experts, head: adapt.ClassifierDispatch, mix: bool = False
+) -> Callable[[str], Reply]:
+    """`reply(question)`: classify, mix, answer; two compiled programs for every bucket.
+
+    The likeliest expert answers, or with `mix` all of them, by their probabilities.
+    """
     model, factors = problem.model, problem.weights["factors"]
-    names = [*(task.name for task in problem.tasks)]
+    names = [task.name for task in problem.tasks]
+    count = len(next(iter(experts.values())))
 
     @jax.jit
     def first(factors, head: adapt.ClassifierDispatch, tokens, mask):
-        return head(with_hidden(partial(model.adapted.apply, {"params": factors})), tokens, mask)
+        apply = with_hidden(partial(model.adapted.apply, {"params": factors}))
+        choice = head(apply, tokens, mask)
+        return head.labels.mixture(choice, count) if mix else choice.alpha(count)
 
     @jax.jit
     def second(factors, experts, alpha, tokens, mask):
@@ -72,19 +87,31 @@ def make_reply(problem: Problem, experts, ways: Ways) -> Callable[[str], Reply]:
     def timed(function: Callable[..., Any], *args) -> tuple[Any, float]:
         began = time.perf_counter()
         out = jax.block_until_ready(function(*args))
-        return out, 1e3 * (time.perf_counter() - began)
+        return out, time.perf_counter() - began
+
+    programs: dict[int, tuple[Any, Any]] = {}
+
+    def compiled(length: int) -> tuple[Any, Any]:
+        row = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, length), bool)
+        mixture = jnp.zeros((1, count))
+        return (
+            first.lower(factors, head, *row).compile(),
+            second.lower(factors, experts, mixture, *row).compile(),
+        )
 
     def reply(question: str) -> Reply:
         row = prompt_rows(model.tokenizer, [question + "\n"], model.bos)
         length = bucket(len(row[0]), model.decoder.spec.max_position_embeddings)
         tokens, mask = map(jnp.asarray, pad(row, length, 0, left=True))
-        choice, first_ms = timed(first, factors, ways.head, tokens, mask)
-        count = len(next(iter(experts.values())))
-        answer, second_ms = timed(second, factors, experts, choice.alpha(count), tokens, mask)
-        expert = int(choice.expert[0])
+        began, is_new = time.perf_counter(), length not in programs
+        if is_new:
+            programs[length] = compiled(length)
+        waited, (one, two) = time.perf_counter() - began, programs[length]
+        alpha, first_s = timed(one, factors, head, tokens, mask)
+        answer, second_s = timed(two, factors, experts, alpha, tokens, mask)
         text = texts(model, np.asarray(answer.tokens), np.asarray(answer.mask))[0]
-        said_by = "base" if expert == adapt.BASE else names[expert]
-        return Reply(text, said_by, float(choice.probability.max()), first_ms, second_ms)
+        by = said_by(names, np.asarray(alpha)[0])
+        return Reply(text, by, 1e3 * first_s, 1e3 * second_s, waited if is_new else 0.0)
 
     return reply
 
@@ -105,8 +132,9 @@ def chat(reply: Callable[[str], Reply], lines=sys.stdin) -> None:
             print(f"  {error}", flush=True)
             continue
         print(said.text)
+        waited = f"; compiled before, {said.compile_s:.1f} s" if said.compile_s else ""
         print(
-            f"  [{said.expert}, p = {said.probability:.2f}; first pass {said.first_ms:.1f} ms, "
-            f"second {said.second_ms:.1f} ms]",
+            f"  [{said.by}; first pass {said.first_ms:.1f} ms, second {said.second_ms:.1f} ms"
+            f"{waited}]",
             flush=True,
         )

@@ -65,13 +65,13 @@ def label_tokens(problem: Problem) -> list[list[int]]:
     return [problem.model.tokenizer.encode(n, add_special_tokens=False).ids for n in names]
 
 
-def fit(problem: Problem, sets: dict[str, Asked], steps: int, seed: int) -> Ways:
-    """Fit every way on the set "fit"; what is calibrated sees its questions, not their labels."""
+def fit_head(problem: Problem, asked: Asked) -> adapt.ClassifierDispatch:
+    """A linear head on the mean hidden state, fitted on these questions.
+
+    Its labels are the experts alone: "other" has no examples, and every question gets an expert.
+    """
     adapted, factors = problem.model.adapted, problem.weights["factors"]
-    count = len(problem.tasks)
-    experts = [*range(count), adapt.BASE]
-    prompt = adapt.PromptDispatch.of(label_tokens(problem), experts, room=count + 1 + ROOM)
-    asked = sets["fit"]
+    labels = adapt.make_labels(range(len(problem.tasks)), room=room_of(problem))
 
     @jax.jit
     def features(factors, plain: Questions):
@@ -79,23 +79,32 @@ def fit(problem: Problem, sets: dict[str, Asked], steps: int, seed: int) -> Ways
         (_, hidden), _ = apply(plain.tokens, plain.mask, images=plain.images)
         return adapt.pool(hidden, plain.mask)
 
+    hidden = in_chunks(lambda part: np.asarray(features(factors, part.plain)), asked)
+    fitted = jax.jit(lambda x, y: adapt.fit_classifier(x, y, labels))
+    return fitted(jnp.asarray(hidden), jnp.asarray(asked.label))
+
+
+def room_of(problem: Problem) -> int:
+    """Labels that there is room for: the experts', "other", and some to come."""
+    return len(problem.tasks) + 1 + ROOM
+
+
+def fit(problem: Problem, sets: dict[str, Asked], steps: int, seed: int) -> Ways:
+    """Fit every way on the set "fit"; what is calibrated sees its questions, not their labels."""
+    adapted, factors = problem.model.adapted, problem.weights["factors"]
+    experts = [*range(len(problem.tasks)), adapt.BASE]
+    prompt = adapt.PromptDispatch.of(label_tokens(problem), experts, room=room_of(problem))
+    asked = sets["fit"]
+
     @jax.jit
     def scores(factors, asking: Questions):
         apply = partial(adapted.apply, {"params": factors})
         return prompt.scores(apply, asking.tokens, asking.mask, images=asking.images)
 
-    hidden = in_chunks(lambda part: np.asarray(features(factors, part.plain)), asked)
-    fitted = jax.jit(lambda x, y: adapt.fit_classifier(x, y, head_labels(count)))
-    head = fitted(jnp.asarray(hidden), jnp.asarray(asked.label))
     said = in_chunks(lambda part: np.asarray(scores(factors, part.asking)), asked)
     calibrated = prompt.calibrate(jnp.asarray(said))
     z = train_expert(problem, prompt, asked, steps, seed)
-    return Ways(prompt, calibrated, prompt, z, head)
-
-
-def head_labels(count: int) -> adapt.Labels:
-    """Labels of a head: the experts alone, "other" has no examples."""
-    return adapt.make_labels(range(count), room=count + 1 + ROOM)
+    return Ways(prompt, calibrated, prompt, z, fit_head(problem, asked))
 
 
 def train_expert(

@@ -29,10 +29,10 @@ from experiments import run as runs
 from experiments import sandbox
 from experiments.data.batches import pad, prompt_rows
 from experiments.data.exams import NAMES, Choice, Exam, Written, load_exam
-from experiments.problem import CACHE
+from experiments.problem import CACHE, run_settings
 from forge_jax import adapt, svf
 from forge_jax.models import LogLikelihood, Questions, Respond
-from interop import Checkpoint, load_gguf, load_phase6, load_phase8
+from interop import load_phase8
 
 STEP = 64
 """prompts are padded to a multiple of so many tokens, so that few programs are compiled"""
@@ -64,11 +64,6 @@ class Args:
     """take the place of an earlier run in `out` once this one is whole"""
 
 
-def read(path: Path) -> Checkpoint:
-    """A Phase 6 file, Hugging Face directory or .gguf."""
-    return load_gguf(path) if path.suffix == ".gguf" else load_phase6(path)
-
-
 def candidates(
     args: Args, made: models.Model, weights: models.Weights
 ) -> dict[str, Callable[[], Any]]:
@@ -92,11 +87,13 @@ def candidates(
             found.append((name, partial(materialized, weights["factors"], z)))
         found.append(("mixture", lambda: adapted.params))
     for path in args.others:
-        other = read(path)
+        other = models.read(path)
         words = None if other.tokenizer is None else other.tokenizer.to_str()
         if other.spec != made.checkpoint.spec or words != made.tokenizer.to_str():
             raise ValueError(f"{path} has another shape or tokenizer than the base.")
-        found.append((f"{path.parent.name}-{path.name}", lambda path=path: read(path).params))
+        found.append(
+            (f"{path.parent.name}-{path.name}", lambda path=path: models.read(path).params)
+        )
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
         raise ValueError(f"Every model needs a name of its own, got {', '.join(names)}.")
@@ -123,6 +120,7 @@ def sit_choice(made: models.Model, params, exam: Exam, rows: int) -> np.ndarray:
     asked = [(q.prompt, o) for q in exam.questions if isinstance(q, Choice) for o in q.options]
     prompts = prompt_rows(made.tokenizer, [p for p, _ in asked], made.bos)
     options = prompt_rows(made.tokenizer, [o for _, o in asked], None)
+    models.check_length(made.decoder.spec, max(map(len, prompts)), max(map(len, options)))
     width = -(-max(map(len, options)) // 8) * 8
     logp = np.zeros(len(asked))
     for chosen, length in groups(prompts, rows):
@@ -142,6 +140,7 @@ def sit_choice(made: models.Model, params, exam: Exam, rows: int) -> np.ndarray:
 def sit_written(made: models.Model, params, exam: Exam, rows: int) -> np.ndarray:
     """Whether the greedy response is right, (questions,)."""
     prompts = prompt_rows(made.tokenizer, [q.prompt for q in exam.questions], made.bos)
+    models.check_length(made.decoder.spec, max(map(len, prompts)), exam.new_tokens)
     written = [""] * len(prompts)
     for chosen, length in groups(prompts, rows):
         rows_of: Any = pad([prompts[i] for i in chosen], length, 0, left=True)
@@ -214,7 +213,8 @@ def main(args: Args) -> None:
             "quartz hellaswag."
         )
     exams = [load_exam(args.data, name, args.items) for name in args.exams]
-    made, weights = models.load(args.checkpoint or models.smollm2(), "both", CACHE)
+    select = run_settings(args.adapted)["select"] if args.adapted else "both"
+    made, weights = models.load(args.checkpoint or models.smollm2(), select, CACHE)
     config = {**runs.plain(args), "base_sha256": made.checkpoint.sha256}
     asked = candidates(args, made, weights)
     right: dict[str, dict[str, list[bool]]] = {exam.name: {} for exam in exams}

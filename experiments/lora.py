@@ -28,7 +28,6 @@ from experiments import run as runs
 from experiments.data.batches import encode
 from experiments.data.splits import Split
 from experiments.data.tasks import load_items
-from experiments.exams import read
 from forge_jax.domains import Item
 from interop import Checkpoint, params_from_torch, save_huggingface
 
@@ -80,7 +79,7 @@ def base_of(config: dict[str, Any]) -> Checkpoint:
         raise ValueError("`--experts` must be the directory of a phase7 run, this is another one.")
     own = {"nano": lambda: models.NANO, "smollm2": models.smollm2}
     path = Path(config["checkpoint"]) if config["checkpoint"] else own[config["base"]]()
-    found = read(path)
+    found = models.read(path)
     if found.sha256 != config["base_sha256"]:
         raise ValueError(f"The experts are of another base than {path}.")
     has_eyes = found.projector is not None and found.spec.image_token_id is not None
@@ -105,6 +104,7 @@ def rows_of(checkpoint: Checkpoint, items: Sequence[Item], stop_token: bool) -> 
     assert checkpoint.tokenizer is not None
     eos = models.end_token(checkpoint) if stop_token else None
     batch = encode(checkpoint.tokenizer, items, bos=models.first_token(checkpoint), eos=eos)
+    models.check_length(checkpoint.spec, batch.tokens.shape[1], batch.answers.shape[1])
     return [
         (tokens[mask].tolist(), answer[answered].tolist())
         for tokens, mask, _, answer, answered in zip(*batch, strict=True)
@@ -157,6 +157,8 @@ def train(run: runs.Run, args: Args, model: Any, rows: dict[Split, list[Row]]) -
         loss = validate(model, rows["validation"], args.batch)
         runs.log(run, {"step": steps, "seconds": used, "validation_loss": loss})
         print(f"{steps} steps, {used:.0f} s: validation loss {loss:.4f}", flush=True)
+        if not math.isfinite(loss) and not best:
+            raise ValueError(f"The base's validation loss is {loss}: there is nothing to train.")
         if loss < lowest:
             lowest, best = loss, [p.detach().clone() for p in trained]
         if used >= args.seconds or steps >= last or not math.isfinite(loss):

@@ -28,6 +28,13 @@ class Timings(NamedTuple):
     memory: float  # bytes
 
 
+def once(function: Callable[[], Any]) -> float:
+    """Wall-clock seconds of a call."""
+    started = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - started
+
+
 def seconds(function: Callable[[], Any], budget: float = 2.0) -> list[float]:
     """Wall-clock seconds of each of some calls, after one that is not counted.
 
@@ -36,9 +43,7 @@ def seconds(function: Callable[[], Any], budget: float = 2.0) -> list[float]:
     jax.block_until_ready(function())
     out = []
     while len(out) < 3 or (sum(out) < budget and len(out) < 15):
-        started = time.perf_counter()
-        jax.block_until_ready(function())
-        out.append(time.perf_counter() - started)
+        out.append(once(function))
     return out
 
 

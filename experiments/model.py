@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from experiments.data.batches import Batch
 from forge_jax import svf
 from forge_jax.domains import vision
-from forge_jax.models import Decoder
+from forge_jax.models import Decoder, DecoderSpec
 from interop import Checkpoint, load_gguf, load_phase6
 from interop.cache import cached_factors
 
@@ -52,6 +52,11 @@ def smollm2() -> Path:
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
+def read(path: Path) -> Checkpoint:
+    """A Phase 6 file, Hugging Face directory or .gguf."""
+    return load_gguf(path) if path.suffix == ".gguf" else load_phase6(path)
+
+
 def load(
     path: Path, select: str, cache: Path | None = None, max_full: int | None = None
 ) -> tuple[Model, Weights]:
@@ -62,7 +67,7 @@ def load(
     Raises:
       ValueError: the checkpoint has no tokenizer or no end-of-text token.
     """
-    checkpoint = load_gguf(path) if path.suffix == ".gguf" else load_phase6(path)
+    checkpoint = read(path)
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json beside it.")
@@ -88,6 +93,16 @@ def load(
         image_token,
     )
     return model, {"factors": factors, "projector": projector}
+
+
+def check_length(spec: DecoderSpec, prompt: int, new: int) -> None:
+    """Raise a ValueError where a prompt and an answer of so many tokens exceed the context."""
+    context = spec.max_position_embeddings
+    if prompt + new > context:
+        raise ValueError(
+            f"A prompt of {prompt} tokens and {new} new ones are longer than the context of "
+            f"{context}."
+        )
 
 
 def first_token(checkpoint: Checkpoint) -> int | None:

@@ -1,15 +1,17 @@
 """What all seeds of a Phase 7 run share: the model, its tasks, the compiled scoring."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from experiments import model as models
 from experiments.data.rewards import Reward, reward_of
 from experiments.data.splits import Split
 from experiments.data.tasks import Task, first, load_tasks
+from experiments.files import read_json
 from experiments.scoring import Mixtures, Score, make_params_scorer, make_scorer
 from forge_jax import parallel
 
@@ -54,7 +56,8 @@ def set_up(
     `data.rewards.reward_of`; tasks apart keep their own.
 
     Raises:
-      ValueError, OSError: a file cannot be read, or a task has too few items.
+      ValueError, OSError: a file cannot be read, a task has too few items, or a prompt and its
+        answer are longer than the context.
     """
     if not domains or len(set(domains)) < len(domains):
         raise ValueError(f"`--domains` must name one or more domains, each once, got {domains}.")
@@ -81,10 +84,32 @@ def set_up(
     planted = tasks(domains, source, rewarded)
     longest = planted[0].batches["test"].answers.shape[1]
     length = longest if all(t.is_exact for t in planted) else max(longest, free_tokens)
+    apart = tasks(unplanted, "procedural")
+    prompt = max(t.batches["test"].tokens.shape[1] for t in (*planted, *apart))
+    models.check_length(made.decoder.spec, prompt, length)
     scorer = make_scorer(made, chunk=chunk, max_new_tokens=length, mesh=mesh)
     params_scorer = make_params_scorer(made, length)
-    apart = tasks(unplanted, "procedural")
     return Problem(made, weights, planted, apart, length, scorer, params_scorer, mesh)
+
+
+def run_settings(folder: Path) -> dict[str, Any]:
+    """What a phase7 run set its problem up with; arguments of `set_up`.
+
+    Raises:
+      ValueError: the directory is that of another kind of run, or of none.
+    """
+    names = ("select", "source", "data", "stop_token", "free_tokens")
+    file = folder / "config.json"
+    found = read_json(file) if file.is_file() else {}
+    if lacking := [name for name in names if name not in found]:
+        raise ValueError(f"{folder} is no phase7 run: its config.json lacks {', '.join(lacking)}.")
+    return {name: found[name] for name in names}
+
+
+def stacked(experts: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The z of all experts for each path, (K, r)."""
+    first = next(iter(experts.values()))
+    return {path: np.stack([e[path] for e in experts.values()]) for path in first}
 
 
 def answers(task: Task, split: Split) -> list[str]:

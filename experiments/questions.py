@@ -14,9 +14,11 @@ import numpy as np
 from jaxtyping import Int
 
 from experiments.data.batches import encode, prompt_rows
+from experiments.data.sources import procedural, take
 from experiments.data.splits import Split
-from experiments.model import images
+from experiments.model import check_length, images
 from experiments.problem import Problem
+from forge_jax.adapt import BASE
 from forge_jax.domains import Item
 from forge_jax.models import Questions
 
@@ -199,12 +201,7 @@ def questions(problem: Problem, items: Sequence[Item], length: int) -> Questions
       ValueError: prompt and answer are longer than the model's context.
     """
     model = problem.model
-    context = model.decoder.spec.max_position_embeddings
-    if length + problem.new_tokens > context:
-        raise ValueError(
-            f"A prompt of {length} tokens and {problem.new_tokens} new ones are longer than the "
-            f"context of {context}."
-        )
+    check_length(model.decoder.spec, length, problem.new_tokens)
     answers = problem.tasks[0].batches["test"].answers  # of all tasks the same length
     eos = model.eos if (answers == model.eos).any() else None
     lengths = {"prompt_length": length, "answer_length": answers.shape[1]}
@@ -219,10 +216,19 @@ def longest(problem: Problem, texts: Sequence[str]) -> int:
     return max(map(len, prompt_rows(problem.model.tokenizer, texts, problem.model.bos)))
 
 
-def make_sets(problem: Problem, wanted: dict[str, tuple[Split, Kind, int]]) -> dict[str, Asked]:
+def strangers(domains: Sequence[str], count: int) -> list[Item]:
+    """Questions of a task that is none of the domains, as its source words them."""
+    name = next(name for name in ("largest", "sums", "math") if name not in domains)
+    return take(procedural(name, 0, None), "test", count, name)
+
+
+def make_sets(
+    problem: Problem, wanted: dict[str, tuple[Split, Kind, int]], others: int = 0
+) -> dict[str, Asked]:
     """Shuffled questions of all domains for each name: split, kind, items of each domain.
 
-    All sets have the same prompt lengths, so that one compiled program serves them.
+    All sets have the same prompt lengths, so that one compiled program serves them. With `others`
+    the set "other" holds so many `strangers`, which are for the base.
     """
     names = [task.name for task in problem.tasks]
     rows: dict[str, list[tuple[Item, int]]] = {}
@@ -233,6 +239,8 @@ def make_sets(problem: Problem, wanted: dict[str, tuple[Split, Kind, int]]) -> d
             for item in reworded(task.items[split][:count], task.name, kind)
         ]
         np.random.default_rng(0).shuffle(rows[name])  # pyright: ignore[reportArgumentType]
+    if others:
+        rows["other"] = [(item, BASE) for item in strangers(names, others)]
     texts = [item.prompt for part in rows.values() for item, _ in part]
     ways: list[Callable[[str], str]] = [
         lambda text: text,

@@ -21,6 +21,8 @@ NOBODY = 65534
 TOOLS = ("unshare", "mount", "umount", "pivot_root", "setpriv", "prlimit")
 OUTPUT = 2**20
 """bytes that a program may write to its output, or to a file"""
+LONGEST = 2**16
+"""bytes of a program; Linux takes twice as many as one argument"""
 PROCESSES = 16
 MEMORY = 2**28
 """bytes of address space of each process"""
@@ -105,12 +107,14 @@ def passes(solution: str, tests: str, seconds: float = 5.0) -> bool:
     """Whether the tests (Python statements, such as asserts) come to their end after the solution.
 
     To the end, which a word drawn for this call says: a solution that leaves before it, with
-    whatever exit status, has failed.
+    whatever exit status, has failed. Deviation from what one may wish: the word stands in the
+    program, and a solution that reads its own command line can print it.
     """
-    if "\0" in solution:  # no program has one, and no command line takes one
-        return False
     word = secrets.token_hex(16)
-    ran = run(f"{solution}\n{tests}\nprint({word!r})\n", seconds)
+    program = f"{solution}\n{tests}\nprint({word!r})\n"
+    if "\0" in program or len(program.encode()) > LONGEST:  # no command line takes it
+        return False
+    ran = run(program, seconds)
     return ran.code == 0 and ran.output.rstrip().endswith(word)
 
 

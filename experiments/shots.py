@@ -60,10 +60,8 @@ def few_shot(
     The single expert is the best on the same shots, ties broken by likelihood.
 
     Raises:
-      ValueError: there are no shots, or fewer than two domains.
+      ValueError: there are no shots.
     """
-    if len(problem.tasks) < 2:
-        raise ValueError("A mixed domain needs two domains.")
     if shots < 1:
         raise ValueError("Few-shot adaptation needs at least one shot, got none.")
     adapted, factors = problem.model.adapted, problem.weights["factors"]

@@ -53,18 +53,18 @@ def load(args: Args) -> tuple[Problem, Phase8]:
       ValueError: the experts have another shape than the target.
     """
     found = load_phase8(args.experts)
-    theirs = runs.read_json(args.experts / "config.json")
-    counts: Any = {"train": 1, "validation": 1, "test": theirs["test_items"]}
+    settings = problem.run_settings(args.experts)
+    test_items = runs.read_json(args.experts / "config.json")["test_items"]
+    counts: Any = {"train": 1, "validation": 1, "test": test_items}
     made = problem.set_up(
         args.to,
         domains=tuple(found.experts),
         unplanted=(),
         counts=counts,
         chunk=8,
-        **{k: theirs[k] for k in ("select", "source", "data", "stop_token", "free_tokens")},
+        **settings,
     )
-    first = next(iter(found.experts.values()))
-    z: Any = {path: np.stack([e[path] for e in found.experts.values()]) for path in first}
+    z: Any = problem.stacked(found.experts)
     adapt.check_experts(made.weights["factors"], z)
     base, own = str(found.metadata.get("base_sha256")), made.model.checkpoint.sha256
     if base != own:

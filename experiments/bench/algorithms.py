@@ -9,6 +9,7 @@ counts as if it got there one validation after its last step.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,18 @@ def reached(problem: Problem, settings: Settings, seeds: list[int], line: float)
             if done.accuracy is None:
                 continue
             drawn = done.number * settings.prompts * settings.samples
-            first = [
-                f if f is not None or a < line else drawn
-                for f, a in zip(first, done.accuracy, strict=True)
-            ]
+            first = crossed(first, done.accuracy, line, drawn)
             if None not in first:
                 break
         out.append(first)
     return out
+
+
+def crossed(
+    first: Sequence[int | None], accuracy: Sequence[float], line: float, drawn: int
+) -> list[int | None]:
+    """`first`, with `drawn` for each domain that is at the line now and was not before."""
+    return [f if f is not None or a < line else drawn for f, a in zip(first, accuracy, strict=True)]
 
 
 @clean_errors()

@@ -1,5 +1,6 @@
 """Rewards by name: what a response earns, +1 or another number, from its text and the answer."""
 
+import ast
 import importlib
 import math as _math
 import re
@@ -15,8 +16,21 @@ Reward = Callable[[str, str], float]
 def unit_tests(response: str, answer: str) -> float:
     """+1 where the response is a program after which the answer's asserts hold, else -1.
 
-    Both run in `experiments.sandbox`, and are refused where there is none.
+    Both run in `experiments.sandbox`, and are refused where there is none. What the sandbox keeps a
+    program from is harm, not deceit: see `sandbox.passes`.
+
+    Raises:
+      ValueError: the answer is no Python, or asserts nothing.
     """
+    try:
+        found = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(answer)))
+    except SyntaxError:
+        found = False
+    if not found:
+        raise ValueError(
+            f"The reward unit_tests wants answers that assert something, got {answer[:60]!r}; the "
+            "domain programs of --source hub has such."
+        )
     return signed(sandbox.passes(program_of(response), answer))
 
 

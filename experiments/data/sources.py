@@ -38,10 +38,12 @@ TASKS = ("sums", "largest", "code", "vision", "quartz", *GYM)
 HUB = {
     "math": ("openai/gsm8k", "main"),
     "code": ("google-research-datasets/mbpp", None),
+    "programs": ("google-research-datasets/mbpp", None),
     "reasoning": ("allenai/ai2_arc", "ARC-Easy"),
     "vision": ("lmms-lab/textvqa", None),
 }
-"""the guide's datasets: hub name and configuration. This textvqa is the copy in Parquet: `datasets`
+"""the guide's datasets: hub name and configuration; programs are to be written and pass their
+tests, where code is to be read. This textvqa is the copy in Parquet: `datasets`
 no longer runs loading scripts."""
 
 CHUNK = 10_000
@@ -148,6 +150,7 @@ def hub(domain: str, directory: str | None, image_token: str | None) -> Iterator
     to_item = {
         "math": math.from_gsm8k,
         "code": code.from_mbpp,
+        "programs": code.to_write,
         "reasoning": reasoning.from_arc,
         "vision": partial(vision.from_textvqa, image_token=image_token),
     }[domain]

@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.data.batches import Batch, encode
-from experiments.data.rewards import Reward
+from experiments.data.rewards import Reward, unit_tests
 from experiments.data.sources import hub, procedural, take
 from experiments.data.splits import SHARES, Split, distinct
 from forge_jax.domains import Item, code, exact, math, reasoning, vision
@@ -15,6 +15,7 @@ from forge_jax.domains import Item, code, exact, math, reasoning, vision
 HUB_REWARDS: dict[str, Reward] = {
     "math": math.reward,
     "code": code.reward,
+    "programs": unit_tests,
     "reasoning": reasoning.reward,
     "vision": vision.reward,
 }

@@ -45,6 +45,10 @@ class Labels(NamedTuple):
         known = probability.max(axis=-1) >= self.threshold
         return Choice(jnp.where(known, self.expert[best], BASE), probability)
 
+    def mixture(self, choice: Choice, experts: int) -> Float[Array, "batch experts"]:
+        """Mixture coefficients by the labels' probabilities; the share of "other" is the base's."""
+        return choice.probability @ jax.nn.one_hot(self.expert, experts)
+
 
 def make_labels(experts: Sequence[int], room: int | None = None, threshold: float = 0.0) -> Labels:
     """Labels for these experts (`BASE` for "other"), with `room` for that many in all.

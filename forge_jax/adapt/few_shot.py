@@ -69,6 +69,14 @@ class FewShot:
         """Alpha of every matrix, {path: (..., K)}, as `svf.mix` takes it."""
         return {path: alpha[..., row, :] for path, row in self.index(paths).items()}
 
+    def check(self, experts: int) -> None:
+        """Raise a ValueError for settings that so many experts cannot be searched with."""
+        if self.population < experts + 2 or self.generations < 1:
+            raise ValueError(
+                f"Wanted at least 1 generation and a population of {experts + 2}, for the base, "
+                f"every expert and their mean; got {self.generations}, {self.population}."
+            )
+
     def __call__(
         self,
         key: Array,
@@ -88,11 +96,7 @@ class FewShot:
             raise ValueError("Few-shot adaptation needs at least one shot, got none.")
         paths = list(experts)
         references = _references(len(experts[paths[0]]), max(self.index(paths).values()) + 1)
-        if self.population < len(references) or self.generations < 1:
-            raise ValueError(
-                f"Wanted at least 1 generation and a population of {len(references)}, for the "
-                f"base, every expert and their mean; got {self.generations}, {self.population}."
-            )
+        self.check(len(experts[paths[0]]))
         cem = search.CEM(self.population, references[0], self.elite_ratio)
         params = cem.default_params.replace(lower=0.0, upper=self.upper, std_init=self.std)
         start = cem.init(key, references[-1], params)
@@ -134,6 +138,10 @@ def _references(experts: int, groups: int) -> Float[Array, "references groups ex
 
 
 def _fitness(seen: OnShots, count: int) -> Float[Array, " population"]:
-    """Minus the accuracy, and in place of one shot more the likelihood, mapped into (0, 1)."""
+    """Minus the accuracy, and in place of one shot more the likelihood, mapped into (0, 1).
+
+    A mixture that is no number at all is worst.
+    """
     tie = 1.0 / (1.0 - jnp.minimum(seen.logp, 0.0))
-    return -(seen.accuracy + 0.99 * tie / count)
+    fitness = -(seen.accuracy + 0.99 * tie / count)
+    return jnp.where(jnp.isnan(fitness), jnp.inf, fitness)

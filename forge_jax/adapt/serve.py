@@ -17,7 +17,6 @@ class Answered(NamedTuple):
     """What the two passes gave."""
 
     choice: Choice
-    alpha: Float[Array, "batch experts"]
     answer: Any  # what `answer` returned
 
 
@@ -66,6 +65,5 @@ def two_pass(
     """
     apply = functools.partial(adapted.apply, {"params": factors})
     choice = classify(apply, batch)
-    alpha = choice.alpha(len(next(iter(experts.values()))))
-    rows = svf.apply_rows(adapted, factors, svf.row_scales(factors, experts, alpha))
-    return Answered(choice, alpha, answer(rows, batch))
+    rows = svf.apply_rows(adapted, factors, svf.row_scales(factors, experts, choice.expert))
+    return Answered(choice, answer(rows, batch))

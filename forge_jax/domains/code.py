@@ -43,7 +43,7 @@ def from_mbpp(row: Mapping) -> Item | None:
 
     The first test of the form `assert call == literal` whose literal prints as one line gives
     call and output; None if there is none. Nothing is executed. The set's own task, writing the
-    function, needs a sandbox.
+    function, is `to_write`.
     """
     parts = (row["code"], row.get("test_setup_code") or "")
     source = "\n".join(p.replace("\r\n", "\n").strip() for p in parts if p.strip())
@@ -52,6 +52,20 @@ def from_mbpp(row: Mapping) -> Item | None:
         if found is not None:
             return from_program(f"{source}\nprint({found[0]})", found[1])
     return None
+
+
+def to_write(row: Mapping) -> Item | None:
+    """A row of the hub's `mbpp` (fields text, test_list, test_setup_code) as a function to write.
+
+    The prompt shows the tests, as the set's authors do (Austin et al. 2021, section 3); the answer
+    is the tests, which a reward has to run. None without a text.
+    """
+    if not row["text"]:
+        return None
+    tests = "\n".join(test.strip() for test in row["test_list"])
+    parts = ((row.get("test_setup_code") or "").strip(), tests)
+    prompt = f"{row['text'].strip()}\nYour code should pass these tests:\n{tests}\n"
+    return Item(prompt, "\n".join(part for part in parts if part))
 
 
 def _call_and_output(test: str) -> tuple[str, str] | None:

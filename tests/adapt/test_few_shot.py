@@ -75,6 +75,24 @@ def test_an_accurate_mixture_beats_a_likely_one(known):
     assert abs(z - 1.9) < 0.05
 
 
+def test_a_mixture_that_is_no_number_is_never_found(known):
+    """A score that is NaN on one side of z = 1.2: what is found lies on the other."""
+
+    def scored(apply, shots):
+        right, logp = near(apply, shots)
+        value = next(iter(apply.keywords["scales"].values()))[0]
+        return right, jnp.where(value > 1.2, jnp.nan, logp)
+
+    module, factors, experts = known
+    few = adapt.FewShot(population=32, generations=4)
+    shots = Plain(jnp.array([1.1]))
+    found = jax.jit(lambda key: few(key, module, factors, experts, scored, shots))(
+        jax.random.key(0)
+    )
+    assert np.isfinite(found.best.logp)
+    assert float(found.best.accuracy) == 1
+
+
 @pytest.fixture(scope="module")
 def questions(case):
     """Answers that a known mixture of the decoder writes."""

@@ -107,6 +107,17 @@ def test_mbpp_set_up_follows_the_code_that_it_needs():
     assert "\r" not in item.prompt
 
 
+def test_mbpp_function_to_write():
+    row = mbpp("assert f(1) == 1", "assert f(2) == 2 ", text="Say x. ", test_setup_code="import re")
+    prompt, answer, image = code.to_write(row)
+    assert prompt == (
+        "Say x.\nYour code should pass these tests:\nassert f(1) == 1\nassert f(2) == 2\n"
+    )
+    assert answer == "import re\nassert f(1) == 1\nassert f(2) == 2"
+    assert image is None
+    assert row["code"] not in prompt + answer
+
+
 def test_mbpp_is_never_executed(tmp_path):
     trap = tmp_path / "trap"
     act = f"open({str(trap)!r}, 'w').write('x')"

@@ -5,13 +5,17 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from experiments import sandbox
 from experiments.data import sources, splits
 from experiments.data.batches import Batch, encode, pad, stack
+from experiments.data.tasks import load_tasks
+from experiments.data.tokenizer import train_bpe
 from experiments.nano import WAYS
 from forge_jax.domains import Item, code, exact, reasoning, vision
 
@@ -237,6 +241,23 @@ def test_mbpp_from_a_parquet_file(read, tmp_path):
     found = list(read("code", tmp_path / "data"))
     assert [i.answer for i in found] == [str(i + 1) for i in range(9)]  # the tenth predicts nothing
     assert "def add(x):\n    return x + 4\nprint(add(1))\n" in found[4].prompt
+    written = list(read("programs", tmp_path / "data"))
+    assert written == [code.to_write(row) for row in MBPP[:9]]
+
+
+@pytest.mark.skipif(sandbox.missing() is not None, reason="no sandbox here")
+def test_programs_are_rewarded_by_their_own_tests(read, tmp_path):
+    counts: Any = {"train": 1, "validation": 1, "test": 1}
+    rows = [{**MBPP[i % 9], "text": f"Add, task {i}."} for i in range(60)]
+    write_jsonl(tmp_path / "data" / "mbpp" / "train.jsonl", rows)
+    given: Any = {"source": "hub", "directory": str(tmp_path / "data"), "image_token": None}
+    words = train_bpe([row["text"] for row in rows], 300, ("<pad>",))
+    (task,) = load_tasks(["programs"], words, **given, counts=counts, bos=None, eos=None)
+    item = task.items["train"][0]
+    add = next(row for row in rows if row["text"] in item.prompt)["code"]
+    assert not task.is_exact
+    assert task.reward(f"```python\n{add}\n```", item.answer) == 1
+    assert task.reward("def add(x): return x", item.answer) == -1
 
 
 def test_textvqa_from_a_parquet_file(read, tmp_path):

@@ -105,6 +105,16 @@ def test_no_question_of_the_exam_is_trained_on(tmp_path):
     assert not any(prompt.startswith(q.prompt + "\n") for q in asked for prompt in trained)
 
 
+def test_a_question_beyond_the_context_is_refused(made):
+    """By both kinds of exams, before anything is computed."""
+    long = "word " * made[0].decoder.spec.max_position_embeddings
+    written = sets.Exam("gsm8k", [sets.gsm8k(GSM | {"prompt": long})], 8)
+    chosen = sets.Exam("hellaswag", [sets.hellaswag(SWAG | {"ctx": long})])
+    for sit, exam in ((exams.sit_written, written), (exams.sit_choice, chosen)):
+        with pytest.raises(ValueError, match="longer than the context of"):
+            sit(made[0], made[0].checkpoint.params, exam, 1)
+
+
 def test_bad_files_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="run `make data`"):
         sets.load_exam(tmp_path, "gsm8k", 3)

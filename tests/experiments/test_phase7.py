@@ -1,5 +1,6 @@
 """Phase 7 on a one-layer model: every way through it, and bad input."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -103,6 +104,8 @@ def test_a_hub_set_trains_on_free_text(checkpoint, tmp_path, monkeypatch):
     args = phase7.Args(domains=("math",), unplanted=(), training=settings, **given)
     problem = phase7.load(args)
     assert problem.new_tokens == 12
+    with pytest.raises(ValueError, match="2000 new ones are longer than the context of"):
+        phase7.load(dataclasses.replace(args, free_tokens=2000))
     counts = [len(items) for items in problem.tasks[0].items.values()]
     assert sum(counts) == 80
     tx = optim.mugrok(settings.optimizer())

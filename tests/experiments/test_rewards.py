@@ -47,6 +47,9 @@ def test_unit_tests_are_run():
     assert program_of(said) == "def f(x):\n    return 2 * x\n"
     assert reward(said, "assert f(2) == 4") == 1
     assert reward(said, "assert f(2) == 5") == -1
+    for answer in ("7", "[1, 2, 3]", "three words long", ""):  # what would hold of any program
+        with pytest.raises(ValueError, match="wants answers that assert something"):
+            reward("x = 1", answer)
 
 
 def test_unit_tests_are_refused_without_a_sandbox(monkeypatch):

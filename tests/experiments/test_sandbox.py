@@ -83,17 +83,21 @@ def sleepers():
 @isolated
 def test_hostile_programs_end_and_nothing_of_them_is_left():
     """Two at a time; each ends within its limit, fails its tests, and leaves no process."""
-    began, before = time.monotonic(), sleepers()
+    before = sleepers()
 
     def one(name):
-        return name, sandbox.passes(HOSTILE[name], "assert True", SECONDS)
+        began = time.monotonic()
+        passed = sandbox.passes(HOSTILE[name], "assert True", SECONDS)
+        return name, passed, time.monotonic() - began
 
     with ThreadPoolExecutor(2) as pool:
-        found = dict(pool.map(one, HOSTILE))
+        rows = list(pool.map(one, HOSTILE))
+    found = {name: passed for name, passed, _ in rows}
     # what leaves a child behind, or kills all others, has itself come to its end
     may_pass = {"children left behind", "kill everything", "kill the parent"}
     assert {name for name, passed in found.items() if passed} <= may_pass
-    assert time.monotonic() - began < 2 * SECONDS * len(HOSTILE)
+    # starting, ending and clearing up take their time on a busy machine
+    assert max(seconds for _, _, seconds in rows) < SECONDS + 10
     assert sleepers() <= before
 
 
@@ -123,6 +127,21 @@ def test_output_is_cut():
     ran = sandbox.run("while True: print('x' * 10**5)", 20.0)
     assert ran.code != 0
     assert 10**5 < len(ran.output) <= sandbox.OUTPUT
+
+
+@isolated
+def test_what_is_too_long_for_a_command_line_fails():
+    assert not sandbox.passes("x = 1\n" * 10**5, "assert True")
+    assert sandbox.passes("x = 1\n" * 10**4, "assert x == 1")
+
+
+def test_why_nothing_is_run(monkeypatch):
+    """Without the tools, and where the namespaces cannot be made."""
+    found_out = sandbox._missing.__wrapped__
+    monkeypatch.setattr(sandbox, "SETUP", "echo no such luck; exit 3")
+    assert "(no such luck)" in found_out() or sandbox.missing() is not None
+    monkeypatch.setattr(sandbox, "_PATH", "/nowhere")
+    assert "it needs Linux with unshare" in found_out()
 
 
 @isolated
