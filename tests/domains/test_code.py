@@ -109,7 +109,9 @@ def test_mbpp_set_up_follows_the_code_that_it_needs():
 
 def test_mbpp_function_to_write():
     row = mbpp("assert f(1) == 1", "assert f(2) == 2 ", text="Say x. ", test_setup_code="import re")
-    prompt, answer, image = code.to_write(row)
+    item = code.to_write(row)
+    assert item is not None
+    prompt, answer, image = item
     assert prompt == (
         "Say x.\nYour code should pass these tests:\nassert f(1) == 1\nassert f(2) == 2\n"
     )

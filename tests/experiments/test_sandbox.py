@@ -139,9 +139,9 @@ def test_why_nothing_is_run(monkeypatch):
     """Without the tools, and where the namespaces cannot be made."""
     found_out = sandbox._missing.__wrapped__
     monkeypatch.setattr(sandbox, "SETUP", "echo no such luck; exit 3")
-    assert "(no such luck)" in found_out() or sandbox.missing() is not None
+    assert "(no such luck)" in str(found_out()) or sandbox.missing() is not None
     monkeypatch.setattr(sandbox, "_PATH", "/nowhere")
-    assert "it needs Linux with unshare" in found_out()
+    assert "it needs Linux with unshare" in str(found_out())
 
 
 @isolated
