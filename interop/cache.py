@@ -28,8 +28,8 @@ def cached_factors(
     """`svf.decompose(checkpoint.params, select)`'s factors, read from `directory` if there.
 
     A matrix with more than `max_full` singular values gets a randomized decomposition of so many.
-    The file is named by the hash of the weights, the `name` of the selection, `max_full` and the
-    version of JAX, so another checkpoint, selection or SVD routine is never taken for it: singular
+    The file is named by the hash of the weights, the `name` of the selection, `max_full`, the
+    routine and the version of JAX, so another checkpoint, selection or SVD routine is never taken for it: singular
     vectors are unique only up to sign, and a trained z belongs to one decomposition. A
     damaged file is written again. Without a `directory` nothing is kept.
     """
@@ -40,7 +40,7 @@ def cached_factors(
 
     if directory is None:
         return decompose()
-    content = f"{checkpoint.sha256}/{name}/{max_full}/{jax.__version__}".encode()
+    content = f"{checkpoint.sha256}/{name}/{max_full}/gram/{jax.__version__}".encode()
     path = directory / f"svd-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     stored = _read(path)
     if stored:

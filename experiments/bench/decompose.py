@@ -66,7 +66,7 @@ def error(layer: dict[str, np.ndarray], parts: dict[str, Any]) -> float:
 
 
 def ours(layer: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What `svf.decompose` makes of a layer; `jnp.linalg.svd` compiles once for each shape."""
+    """What `svf.decompose` makes of a layer."""
     factors, _ = svf.decompose(layer, lambda path, leaf: True)
     return jax.block_until_ready({name: (f.u, f.s, f.vt) for name, f in factors.items()})
 

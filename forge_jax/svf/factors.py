@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from forge_jax.svf.exact import thin_svd
 from forge_jax.svf.layout import AxesRule, Layout, as_matrix, axes_of, to_leaf
 from forge_jax.svf.randomized import randomized_svd
 
@@ -85,8 +86,7 @@ def decompose(
             continue
         matrix, layout = as_matrix(name, leaf, axes_of(name, leaf, axes))
         if max_full is None or min(matrix.shape[-2:]) <= max_full:
-            u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-            out.append(Factors(u, s, vt, layout))
+            out.append(Factors(*thin_svd(matrix), layout))
         elif key is None:
             raise ValueError(f"{name} has {matrix.shape=}, over {max_full=}, and needs a `key`.")
         else:
