@@ -29,9 +29,9 @@ def cached_factors(
 
     A matrix with more than `max_full` singular values gets a randomized decomposition of so many.
     The file is named by the hash of the weights, the `name` of the selection, `max_full`, the
-    routine and the version of JAX, so another checkpoint, selection or SVD routine is never taken for it: singular
-    vectors are unique only up to sign, and a trained z belongs to one decomposition. A
-    damaged file is written again. Without a `directory` nothing is kept.
+    routine and the version of JAX, so another checkpoint, selection or routine is never taken for
+    it: singular vectors are unique only up to sign, and a trained z belongs to one decomposition.
+    A damaged file is written again. Without a `directory` nothing is kept.
     """
 
     def decompose():
