@@ -47,7 +47,7 @@ class Args:
     domains: tuple[str, ...] = DOMAINS
     """where they are trained: one expert each"""
     stop_token: bool = True
-    """an answer must end with the end-of-text token"""
+    """an answer must end with the end-of-text token; with `experts` as in their run"""
     seed: int = 0
     """of the experts' training and of the classification expert"""
     items: int = 64
@@ -67,7 +67,7 @@ class Args:
     chat: bool = False
     """talk to the adapted model in the terminal instead; nothing is measured"""
     mix: bool = False
-    """in the conversation all experts answer together, by their probabilities"""
+    """with `chat`: all experts answer together, by their probabilities"""
     resume: bool = False
     """go on with a killed run in `out`"""
     replace: bool = False
@@ -160,9 +160,8 @@ MEASURED = ("plain", "reworded", "shared")
 """sets whose questions have an expert; those of "other" are for the base"""
 
 
-def run_all(run: runs.Run, args: Args, made: Problem, z) -> dict[str, Any]:
+def run_all(run: runs.Run, args: Args, made: Problem, sets: dict[str, Asked], z) -> dict[str, Any]:
     """Every measurement; each is logged as it comes."""
-    sets = sets_of(made, args)
     ways = dispatching.fit(made, sets, args.expert_steps, args.seed)
     choosers = dispatching.make_choosers(made)
     shares = dispatching.measure(choosers, ways, sets, ("validation", *MEASURED, "other"))
@@ -238,10 +237,11 @@ def main(args: Args) -> None:
     args.few_shot.check(len(made.tasks))
     if len(made.tasks) < 2:
         raise ValueError("A mixed domain needs two domains.")
+    sets = sets_of(made, args)
     config = {**runs.plain(args), "base_sha256": made.model.checkpoint.sha256}
     with runs.opened(args.out, config, resume=args.resume, replace=args.replace) as run:
         z = train(run, args, made) if z is None else z
-        summary = run_all(run, args, made, z)
+        summary = run_all(run, args, made, sets, z)
         runs.write_json(run.path / "adapt.json", {**summary, "seconds": runs.seconds(run)})
         done = runs.finish(run)
     show(summary)

@@ -164,8 +164,12 @@ def set_up(args: Train | Sweep) -> tuple[dict[str, arch.Spec], Setup]:
     fitted = {name: fit(spec) for name, spec in documents(args.files).items()}
     if isinstance(args, Evolve) and args.top_index is not None:
         known = {arch.fingerprint(spec) for spec in fitted.values()}
-        others = ((name, fit(spec)) for name, spec in best_of(args.top_index))
-        new = ((name, spec) for name, spec in others if arch.fingerprint(spec) not in known)
+        others = ((name, fit(spec)) for name, spec in best_of(args.top_index.resolve()))
+        new = (
+            (name, spec)
+            for name, spec in others
+            if (found := arch.fingerprint(spec)) not in known and not known.add(found)
+        )
         fitted |= dict(itertools.islice(new, args.top_count))
     costs = {name: arch.cost(spec, args.seq_len) for name, spec in fitted.items()}
     first = next(iter(costs.values()))
@@ -244,7 +248,9 @@ def write_lineage(path: Path, direction: str = "TD") -> None:
     """Write the lineage of the events in `path`."""
     config = read_json(path / "config.json")
     unit = config["data_is"]["unit"]
-    lineage.write(path, runs.rows(path), settings_in(config), unit, direction)
+    settings = settings_in(config)
+    births = report.births_in(config, settings)
+    lineage.write(path, runs.rows(path), settings, births, unit, direction)
 
 
 def train(args: Train | Sweep) -> int:
@@ -266,11 +272,12 @@ def train(args: Train | Sweep) -> int:
     config = config_of(args, specs, setup, settings)
     with runs.opened(args.out, config, **views) as run:
         with shown.live(lambda: title(setup, cache)) as show:
-            given: dict[str, Any] = {"show": show, "deadline": args.time_budget}
+            shared: dict[str, Any] = {"show": show, "deadline": args.time_budget}
             evaluate, seeds = evaluation(run, cache, setup), list(specs.values())
-            events, late = search.search(run, evaluate, seeds, settings, seed=args.seed, **given)
+            given = {"births": report.births_in(config, settings), "seed": args.seed, **shared}
+            events, late = search.search(run, evaluate, seeds, settings, **given)
             if again and not late:
-                given |= {"count": args.deep_top_k, "steps": args.deep_steps}
+                given = {"count": args.deep_top_k, "steps": args.deep_steps, **shared}
                 evaluate = evaluation(run, cache, again)
                 _, late = search.deepen(run, evaluate, events, seeds=again.seeds, **given)
         rest: dict[str, Any] = {"out_of_time": late, "cache": cache.counts()}

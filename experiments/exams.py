@@ -213,8 +213,9 @@ def main(args: Args) -> None:
             "quartz hellaswag."
         )
     exams = [load_exam(args.data, name, args.items) for name in args.exams]
-    select = run_settings(args.adapted)["select"] if args.adapted else "both"
-    made, weights = models.load(args.checkpoint or models.smollm2(), select, CACHE)
+    theirs = run_settings(args.adapted) if args.adapted else {"select": "both", "max_full": None}
+    path = args.checkpoint or models.smollm2()
+    made, weights = models.load(path, theirs["select"], CACHE, theirs["max_full"])
     config = {**runs.plain(args), "base_sha256": made.checkpoint.sha256}
     asked = candidates(args, made, weights)
     right: dict[str, dict[str, list[bool]]] = {exam.name: {} for exam in exams}

@@ -29,6 +29,7 @@ from experiments.reopen import check
 from experiments.report import write_report
 from forge_jax import parallel, svf
 from forge_jax.domains import DOMAINS
+from interop.cache import ROUTINE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +301,7 @@ def main(args: Args) -> None:
     made_by = {
         "base_sha256": problem.model.checkpoint.sha256,
         "jax": jax.__version__,
+        "svd": ROUTINE,
         "platform": jax.default_backend(),
     }
     with runs.opened(

@@ -98,7 +98,7 @@ def run_settings(folder: Path) -> dict[str, Any]:
     Raises:
       ValueError: the directory is that of another kind of run, or of none.
     """
-    names = ("select", "source", "data", "stop_token", "free_tokens")
+    names = ("select", "source", "data", "stop_token", "free_tokens", "max_full", "reward")
     file = folder / "config.json"
     found = read_json(file) if file.is_file() else {}
     if lacking := [name for name in names if name not in found]:

@@ -216,10 +216,13 @@ def longest(problem: Problem, texts: Sequence[str]) -> int:
     return max(map(len, prompt_rows(problem.model.tokenizer, texts, problem.model.bos)))
 
 
-def strangers(domains: Sequence[str], count: int) -> list[Item]:
-    """Questions of a task that is none of the domains, as its source words them."""
-    name = next(name for name in ("largest", "sums", "math") if name not in domains)
-    return take(procedural(name, 0, None), "test", count, name)
+def strangers(count: int, answer: str) -> list[Item]:
+    """Questions of bits, which has no wordings and is thus no domain here.
+
+    They are dispatched, not answered: `answer` fits the other rows.
+    """
+    found = take(procedural("bits", 0, None), "test", count, "bits")
+    return [item._replace(answer=answer) for item in found]
 
 
 def make_sets(
@@ -240,7 +243,8 @@ def make_sets(
         ]
         np.random.default_rng(0).shuffle(rows[name])  # pyright: ignore[reportArgumentType]
     if others:
-        rows["other"] = [(item, BASE) for item in strangers(names, others)]
+        answer = next(iter(rows.values()))[0][0].answer
+        rows["other"] = [(item, BASE) for item in strangers(others, answer)]
     texts = [item.prompt for part in rows.values() for item, _ in part]
     ways: list[Callable[[str], str]] = [
         lambda text: text,

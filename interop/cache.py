@@ -15,6 +15,8 @@ from interop.config import Checkpoint
 
 PARTS = ("u", "s", "vt")
 DIGEST = "sha256"
+ROUTINE = "gram"
+"""how matrices are decomposed; another routine has other singular vectors"""
 
 
 def cached_factors(
@@ -40,7 +42,7 @@ def cached_factors(
 
     if directory is None:
         return decompose()
-    content = f"{checkpoint.sha256}/{name}/{max_full}/gram/{jax.__version__}".encode()
+    content = f"{checkpoint.sha256}/{name}/{max_full}/{ROUTINE}/{jax.__version__}".encode()
     path = directory / f"svd-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     stored = _read(path)
     if stored:

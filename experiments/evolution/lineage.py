@@ -9,22 +9,22 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from experiments import figures
-from experiments.evolution.search import birth, of_search, variant
+from experiments.evolution.search import of_search, variant
 from experiments.files import write_atomic, write_json
 from forge_jax import evolve
 
 Record = dict[str, Any]
 
 
-def records(events: Sequence[evolve.Event], settings: evolve.Settings) -> list[Record]:
+def records(events: Sequence[evolve.Event], births: int) -> list[Record]:
     """One record per trial, in the order of birth."""
     trials = evolve.trials_of(of_search(events))
     return [
         {
-            "gen": birth(e["trial"], settings)[0],
-            "child": variant(e["trial"], settings),
+            "gen": e["trial"] // births,
+            "child": variant(e["trial"], births),
             "op": e["operator"],
-            "parents": [variant(p, settings) for p in e["parents"]],
+            "parents": [variant(p, births) for p in e["parents"]],
             "score": s if (s := trials[e["trial"]].score) < float("inf") else None,
             "diff": e["diff"],
             "trial": e["trial"],
@@ -81,10 +81,15 @@ def picture(found: Sequence[Record], unit: str) -> bytes:
 
 
 def write(
-    path: Path, events: Sequence[evolve.Event], settings: evolve.Settings, unit: str, direction: str
+    path: Path,
+    events: Sequence[evolve.Event],
+    settings: evolve.Settings,
+    births: int,
+    unit: str,
+    direction: str,
 ) -> None:
     """Write lineage.json, lineage.mmd and lineage.png into the run directory."""
-    found = records(events, settings)
+    found = records(events, births)
     top = {
         "macro_prob": settings.macro,
         "crossover_prob": settings.crossover,

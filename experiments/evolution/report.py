@@ -15,6 +15,7 @@ from scipy import stats
 
 from experiments.evolution import shown
 from experiments.evolution.search import of_search, variant
+from experiments.evolution.settings import births
 from forge_jax import arch, evolve
 from forge_jax.arch import sizes
 from forge_jax.evolve.loop import pareto_ranks
@@ -23,6 +24,11 @@ TIMINGS = ("tokens_per_sec", "tokens_per_cpu_sec", "compile_s", "seconds", "cpu_
 TIMINGS += ("cache", "peak_rss_gb")
 """keys that differ from run to run"""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def births_in(config: dict[str, Any], settings: evolve.Settings) -> int:
+    """Trials of a generation of the run with this config."""
+    return births(settings.population, config.get("overflow_factor", 1.0))
 
 
 def architecture(document: dict[str, Any]) -> dict[str, Any]:
@@ -39,14 +45,14 @@ def architecture(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def history(events: Sequence[evolve.Event], settings: evolve.Settings) -> list[dict]:
+def history(events: Sequence[evolve.Event], ladder: evolve.Ladder, born: int) -> list[dict]:
     """The rungs of halving, in their order."""
     out = []
     for e in events:
-        if e["event"] == "report" and e["rung"] < settings.ladder.rungs:
+        if e["event"] == "report" and e["rung"] < ladder.rungs:
             found = e["metrics"]
             kept = ("loss_start", "loss_final", "qpc")
-            row = {"cfg_path": f"{variant(e['trial'], settings)}.yaml", "steps": e["steps"]}
+            row = {"cfg_path": f"{variant(e['trial'], born)}.yaml", "steps": e["steps"]}
             row |= {"score": e["score"], "tokens": found.get("total_tokens")}
             row |= {name: found.get(name) for name in kept}
             out.append(row | {"metrics": found, "error": e["error"]})
@@ -54,13 +60,13 @@ def history(events: Sequence[evolve.Event], settings: evolve.Settings) -> list[d
 
 
 def candidate(
-    trial: evolve.Trial, events: Sequence[evolve.Event], settings: evolve.Settings
+    trial: evolve.Trial, events: Sequence[evolve.Event], ladder: evolve.Ladder, born: int
 ) -> dict[str, Any]:
     """A trial with its rungs; stage 0 ends halving, higher ones are behind hurdles."""
     mine = [e for e in events if e["event"] == "report" and e["trial"] == trial.id]
     stages = [
         {
-            "stage": e["rung"] - settings.ladder.rungs + 1,
+            "stage": e["rung"] - ladder.rungs + 1,
             "steps": e["steps"],
             "score": e["score"],
             "tokens": e["metrics"].get("total_tokens"),
@@ -74,7 +80,7 @@ def candidate(
     scores = [s["score"] for s in stages if s["score"] is not None]
     return {
         "candidate_index": trial.id,
-        "cfg_path": f"{variant(trial.id, settings)}.yaml",
+        "cfg_path": f"{variant(trial.id, born)}.yaml",
         "hash": trial.fingerprint,
         "stages": stages,
         "best_score": min(scores, default=None),
@@ -115,9 +121,7 @@ def against(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return out
 
 
-def deep(
-    events: Sequence[evolve.Event], settings: evolve.Settings, config: dict[str, Any]
-) -> list[dict]:
+def deep(events: Sequence[evolve.Event], born: int, config: dict[str, Any]) -> list[dict]:
     """What fresh seeds say of the best, each against the baseline."""
     rows = [e for e in events if e["event"] == "deep"]
     base = next((e["metrics"].get("score_by_seed") for e in rows if e["trial"] == 0), None)
@@ -129,7 +133,7 @@ def deep(
             {
                 "candidate_index": e["trial"],
                 "rank": e["rank"],
-                "cfg_path": f"{variant(e['trial'], settings)}.yaml",
+                "cfg_path": f"{variant(e['trial'], born)}.yaml",
                 "steps": e["steps"],
                 "seq_len": config["seq_len"],
                 "batch_size": config["batch_size"],
@@ -152,9 +156,9 @@ def built(
     rest: dict[str, Any],
 ) -> dict[str, Any]:
     """The report; `rest` (cache, seconds, ...) stands beside the keys."""
-    ladder = settings.ladder
+    ladder, born = settings.ladder, births_in(config, settings)
     trials = evolve.trials_of(of_search(events))
-    tried = history(events, settings)
+    tried = history(events, ladder, born)
     scores = [h["score"] for h in tried if h["score"] is not None]
     return {
         "asha": {
@@ -163,8 +167,8 @@ def built(
             "best_score": min(scores, default=None),
             "history": tried,
         },
-        "candidates": [candidate(t, events, settings) for t in trials.values()],
-        "deep_evaluations": deep(events, settings, config),
+        "candidates": [candidate(t, events, ladder, born) for t in trials.values()],
+        "deep_evaluations": deep(events, born, config),
         "pareto_front": front(trials, ladder),
         "hurdles": list(evolve.hurdles(of_search(events), ladder)),
         "failed": sum(e.get("error") is not None for e in events),

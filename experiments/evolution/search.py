@@ -48,20 +48,14 @@ def of_search(events: Sequence[evolve.Event]) -> list[evolve.Event]:
     return [e for e in events if e["event"] in ("create", "report")]
 
 
-def birth(trial: int, settings: evolve.Settings) -> tuple[int, int]:
-    """The generation in which a trial was born, by number, and its place there."""
-    return divmod(trial, settings.generation or settings.population)
+def variant(trial: int, births: int) -> str:
+    """Name of a trial: the generation is that in which it was born, by number, of so many."""
+    return f"gen_{trial // births}/variant_{trial % births}"
 
 
-def variant(trial: int, settings: evolve.Settings) -> str:
-    """Name of a trial."""
-    generation, place = birth(trial, settings)
-    return f"gen_{generation}/variant_{place}"
-
-
-def snapshot(path: Path, event: evolve.Event, settings: evolve.Settings) -> None:
+def snapshot(path: Path, event: evolve.Event, births: int) -> None:
     """Write the document of a `create` event."""
-    file = path / f"{variant(event['trial'], settings)}.yaml"
+    file = path / f"{variant(event['trial'], births)}.yaml"
     if event["event"] == "create" and not file.exists():
         runs.write_atomic(file, arch.emit(arch.from_dict(event["spec"])))
 
@@ -72,6 +66,7 @@ def search(
     seeds: Sequence[arch.Spec],
     settings: evolve.Settings,
     *,
+    births: int,
     seed: int,
     show: Show,
     deadline: float | None = None,
@@ -82,7 +77,7 @@ def search(
     """
     events = recorded(run)
     for event in events:
-        snapshot(run.path, event, settings)
+        snapshot(run.path, event, births)
     show(events)
 
     def of_trial(spec: arch.Spec, trial: int, done: int, steps: int) -> evolve.Result:
@@ -90,7 +85,7 @@ def search(
 
     coming = evolve.run(seeds, of_trial, settings, seed=seed, events=of_search(events))
     while not (late := past(run, deadline)) and (event := next(coming, None)) is not None:
-        snapshot(run.path, event, settings)
+        snapshot(run.path, event, births)
         events.append(runs.log(run, event))
         show(events)
     return events, late

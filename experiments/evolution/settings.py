@@ -161,18 +161,22 @@ def ladder_of(args: Train | Sweep) -> evolve.Ladder:
     )
 
 
+def births(population: int, overflow_factor: float) -> int:
+    """Trials of a generation."""
+    return round(population * overflow_factor)
+
+
 def settings_of(args: Train | Sweep, documents: int) -> evolve.Settings:
     """The search that the arguments mean; only `evolve` has trials beyond the documents."""
     ladder = ladder_of(args)
     unlimited = 10**15  # steps: the trials end a search
     if not isinstance(args, Evolve):
         return evolve.Settings(unlimited, documents, population=documents, ladder=ladder)
-    born = round(args.population * args.overflow_factor)
+    born = births(args.population, args.overflow_factor)
     return evolve.Settings(
         unlimited,
         args.generations * born,
         population=args.population,
-        generation=born,
         aging=args.replacement == "aging",
         parents=args.top_k,
         novel_parents=args.novelty_extra,

@@ -24,8 +24,9 @@ def make_mixer(mixer: Mixer, arch: Arch, dtype: jnp.dtype, gain: float, name: st
     if isinstance(mixer, Attention):
         if sizes.features_of(mixer) is not None:
             return performer.PerformerMixer(mixer, arch, dtype, gain, name=name)
-        kept = latent.LatentMixer if latent.latent_of(arch) else attention.AttentionMixer
-        return kept(mixer, arch, dtype, gain, name=name)
+        if latent.latent_of(arch):
+            return latent.LatentMixer(mixer, arch, dtype, gain, name=name)
+        return attention.AttentionMixer(mixer, arch, dtype, gain, name=name)
     if isinstance(mixer, Retention):
         return retention.RetentionMixer(mixer, arch, dtype, gain, name=name)
     if isinstance(mixer, SSM):
@@ -39,8 +40,8 @@ def init_mixer_state(mixer: Mixer, arch: Arch, batch: int, length: int, dtype: j
     if isinstance(mixer, Attention):
         if sizes.features_of(mixer) is not None:
             return performer.init_state(mixer, *args)
-        kept = latent if latent.latent_of(arch) else attention
-        return kept.init_state(mixer, *args)
+        module = latent if latent.latent_of(arch) else attention
+        return module.init_state(mixer, *args)
     if isinstance(mixer, Retention):
         return retention.init_state(mixer, *args)
     if isinstance(mixer, SSM):
@@ -106,7 +107,7 @@ class MixUnit(nn.Module):
         picked = keep_largest(probabilities, router.topk or n)
         if router.balance:
             loss = balance_loss(probabilities, picked)
-            self.sow("losses", "balance", frame.knobs["balance"] * loss)
+            self.sow("losses", "balance", frame.live * frame.knobs["balance"] * loss)
         gates = picked
         if unit.merge != "Add":
             gates = picked * probabilities
@@ -156,10 +157,10 @@ class Block(nn.Module):
         rank = jnp.argsort(jnp.argsort(-logits, axis=-1), axis=-1)
         wanted = rank < jnp.ceil(frame.knobs["depth_budget"] * logits.shape[-1])
         loss = optax.sigmoid_binary_cross_entropy(logits, wanted).mean()
-        self.sow("losses", "passing", jnp.where(always, 0.0, DEPTH * loss))
+        self.sow("losses", "passing", jnp.where(always, 0.0, frame.live * DEPTH * loss))
         gate = jnp.where(logits >= 0, nn.sigmoid(logits), 0.0)
-        gate = jnp.where(always, 1.0, gate)[..., None].astype(self.dtype)
-        return jax.tree.map(lambda x, y: x + gate * (y - x), before, after)
+        gate = gate[..., None].astype(self.dtype)
+        return jax.tree.map(lambda x, y: jnp.where(always, y, x + gate * (y - x)), before, after)
 
     def around(self, name: str, sublayer, stream, frame: Frame):
         """Apply a sublayer and add."""

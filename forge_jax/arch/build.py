@@ -123,17 +123,19 @@ class Network(nn.Module):
             if name == "body" and train and "noise" in knobs:
                 stream = self.noisy(stream, knobs["noise"])
             anchor, states = stream, []
-            count = self.loop_count(loops, knobs, step) if name == "body" and train else None
+            count = self.drawn_loops(loops, knobs, step) if name == "body" and train else None
             for loop in range(loops):
                 before = stream
                 if loop:
                     stream = self.adapted(adapter, self.cut(stream, loop, count), anchor)
                 state = None if cache is None else cache.parts[name][loop]
+                if count is not None:
+                    frame = frame._replace(live=jnp.float32(loop < count))
                 stream, state = stack(stream, frame, state, always)
                 if count is not None and loop:
                     stream = _where(loop < count, stream, before)
                 states.append(state)
-            kept[name] = tuple(states)
+            kept[name], frame = tuple(states), frame._replace(live=1.0)
         logits = linear("head", self.vocabulary, dtype)(self.joined(stream)).astype(jnp.float32)
         return logits, None if cache is None else Cache(kept, cache.index + time)
 
@@ -168,7 +170,7 @@ class Network(nn.Module):
         key = self.make_rng("noise")
         return tuple(x + deviation * jax.random.normal(key, x.shape, x.dtype) for x in stream)
 
-    def loop_count(self, loops: int, knobs: dict[str, Any], step) -> Int[Array, ""] | None:
+    def drawn_loops(self, loops: int, knobs: dict[str, Any], step) -> Int[Array, ""] | None:
         """Loops of this training step, where a schedule decides; all are computed."""
         schedule = self.schedule()
         if schedule is None:

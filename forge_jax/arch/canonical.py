@@ -193,18 +193,18 @@ def _policy(arch: Arch, context: int) -> Tree | None:
         if (policy.window or 0) >= context:
             tree = {"cache": "full", "quant": policy.quant}
     if policy.latent:
-        tree["latent"] = {"dim": policy.latent.dim} | _update(policy.latent.update)
+        tree["latent"] = {"dim": policy.latent.dim} | _update(policy.latent.update, context)
     return None if tree == {"cache": "full", "quant": "none"} else tree
 
 
-def _update(update: LatentUpdate | None) -> Tree:
+def _update(update: LatentUpdate | None, context: int) -> Tree:
     """Nothing where every token has its own latent."""
     if update is None:
         return {}
     averaged = update.kind == "ema" and update.tau != 1
     if update.freq == 1 and not averaged:
         return {}
-    tree = {"kind": update.kind, "freq": update.freq}
+    tree = {"kind": update.kind, "freq": min(update.freq, context)}
     return {"update": tree | ({"tau": update.tau} if update.kind == "ema" else {})}
 
 
@@ -258,12 +258,13 @@ def _schedule(schedule: Schedule | None, train: int) -> Tree:
     """Nothing where every step takes all loops, with a gradient through each."""
     if schedule is None or train == 1:
         return {}
-    tree: Tree = {"kind": schedule.kind, "min": schedule.min or 1}
+    tree: Tree = {"kind": schedule.kind}
     if schedule.kind != "fixed":
         tree |= {"mean": schedule.mean, "sigma": schedule.sigma or 0.0, "max": train}
+    if schedule.kind != "fixed" or schedule.curriculum != "none":
+        tree["min"] = min(schedule.min or 1, train)
     if schedule.curriculum != "none":
         tree |= {"curriculum": schedule.curriculum, "warmup_steps": schedule.warmup_steps}
     if schedule.backprop and schedule.backprop < train:
         tree["backprop"] = schedule.backprop
-    plain = {"kind": "fixed", "min": tree["min"]}
-    return {} if tree == plain else {"schedule": tree}
+    return {} if tree == {"kind": "fixed"} else {"schedule": tree}

@@ -80,7 +80,7 @@ class MoE(nn.Module):
         logits = linear("router", ffn.experts, jnp.dtype("float32"))(x)
         probabilities = jax.nn.softmax(logits, axis=-1)
         picked = keep_largest(probabilities, ffn.topk)
-        self.sow("losses", "balance", BALANCE * balance_loss(probabilities, picked))
+        self.sow("losses", "balance", frame.live * BALANCE * balance_loss(probabilities, picked))
         before = jnp.zeros((x.shape[0], ffn.experts), jnp.int32) if taken is None else taken
         wanted = before[:, None] + jnp.cumsum(picked, axis=1).astype(jnp.int32)
         if ffn.capacity is not None:

@@ -68,7 +68,9 @@ def compile_key(spec: Spec, length: int = 0) -> str:
     _blank(tree.get("recurrence", {}), "noise_std")
     _blank(tree.get("depth_router", {}), "budget", "tau")
     loops = tree.get("recurrence", {}).get("loops", {})
-    _blank(loops.get("schedule", {}), "mean", "sigma", "warmup_steps")
+    _blank(loops.get("schedule", {}), "mean", "warmup_steps")
+    if "sigma" in loops.get("schedule", {}):
+        loops["schedule"]["sigma"] = "traced"  # an argument at zero too
     _blank(tree["pos"].get("rope", {}), "theta")
     _blank(tree["pos"].get("rope", {}).get("scaling", {}), "factor")
     _blank((tree.get("kv_policy", {}).get("latent") or {}).get("update", {}), "tau")

@@ -14,7 +14,8 @@ from forge_jax.arch.structure import Schedule
 def most_loops(schedule: Schedule, train: int) -> int:
     """Loops that a program of the schedule is built with."""
     if schedule.kind == "fixed":
-        return min(max(train, schedule.min or 1), schedule.max or train)
+        wanted = max(train, schedule.min or 1)
+        return min(wanted, schedule.max or wanted)
     return schedule.max or max(schedule.min or 1, 2 * round(schedule.mean or 1) + 1)
 
 
@@ -25,8 +26,8 @@ def loop_count(
 
     fixed: `loops` of them. poisson_lognormal: $1 + \mathrm{Poisson}(e^\tau)$,
     $\tau \sim N(\ln \bar r - \sigma^2 / 2, \sigma)$ with $\bar r$ the schedule's mean (Geiping et
-    al. 2025, section 3.3). A curriculum starts at `min` and reaches these in `warmup_steps`, along
-    a line or a square root.
+    al. 2025, section 3.3). A curriculum starts `loops`, or the mean, at `min` and brings it to its
+    full value in `warmup_steps`, along a line or a square root.
     """
     least, share = schedule.min or 1, 1.0
     if schedule.curriculum != "none":

@@ -18,7 +18,7 @@ from forge_jax.arch.mixing import (
     Stencil,
 )
 from forge_jax.arch.schema import Arch, Spec
-from forge_jax.arch.structure import Loops, MoEFFN, Schedule
+from forge_jax.arch.structure import MoEFFN, Schedule
 
 Path = tuple[str | int, ...]
 Finding = tuple[Path, str]
@@ -164,13 +164,12 @@ def _around(arch: Arch) -> Iterator[Finding]:
         if sum(parts) != arch.n_layers:
             sentence = f"prelude + body + coda must be n_layers {arch.n_layers}, got {sum(parts)}"
             yield ("arch", "recurrence"), sentence
-        yield from _schedule(recurrence.loops or Loops())
+        if recurrence.loops and recurrence.loops.schedule:
+            yield from _schedule(recurrence.loops.schedule)
 
 
-def _schedule(loops: Loops) -> Iterator[Finding]:
-    path, schedule = ("arch", "recurrence", "loops", "schedule"), loops.schedule
-    if schedule is None:
-        return
+def _schedule(schedule: Schedule) -> Iterator[Finding]:
+    path = ("arch", "recurrence", "loops", "schedule")
     if schedule.kind != "fixed" and schedule.mean is None:
         yield (*path, "mean"), f"is needed by a {schedule.kind} schedule"
     if schedule.curriculum != "none" and schedule.warmup_steps is None:

@@ -58,12 +58,12 @@ def to_write(row: Mapping) -> Item | None:
     """A row of the hub's `mbpp` (fields text, test_list, test_setup_code) as a function to write.
 
     The prompt shows the tests, as the set's authors do (Austin et al. 2021, section 3); the answer
-    is the tests, which a reward has to run. None without a text.
+    is the tests, which a reward has to run. None without a text, or where no test asserts.
     """
-    if not row["text"]:
+    tests = "\n".join(test.replace("\r\n", "\n").strip() for test in row["test_list"])
+    if not row["text"] or "assert" not in tests:
         return None
-    tests = "\n".join(test.strip() for test in row["test_list"])
-    parts = ((row.get("test_setup_code") or "").strip(), tests)
+    parts = ((row.get("test_setup_code") or "").replace("\r\n", "\n").strip(), tests)
     prompt = f"{row['text'].strip()}\nYour code should pass these tests:\n{tests}\n"
     return Item(prompt, "\n".join(part for part in parts if part))
 

@@ -54,8 +54,6 @@ class Settings(NamedTuple):
     trials: int = 1000
     population: int = 12
     """so many trained trials live: the youngest, or the best where `aging` is false"""
-    generation: int = 0
-    """trials are named in generations of so many, of `population` where 0; no decision reads it"""
     aging: bool = True
     parents: int = 0
     """the best so many of the living may be parents; all where 0"""

@@ -80,6 +80,7 @@ GENES = (
     ("pos",),
     ("kv_policy",),
     ("residual",),
+    ("depth_router",),
 )
 
 

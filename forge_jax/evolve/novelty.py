@@ -31,6 +31,8 @@ def features(spec: arch.Spec) -> Float[np.ndarray, " features"]:
         *(a.ffn.act == kind for kind in ACTS),
         *(tree.get("residual", {"kind": "single"})["kind"] == kind for kind in RESIDUALS),
         *(a.ffn.kind == "moe", "kv_policy" in tree, "recurrence" in tree),
+        *("depth_router" in tree, "latent" in tree.get("kv_policy", {})),
+        "schedule" in tree.get("recurrence", {}).get("loops", {}),
         any(
             "stencil" in m for m in tree["mix_unit"].get("choices", [tree["mix_unit"].get("mixer")])
         ),

@@ -321,6 +321,8 @@ def loops(tree: Tree, rng: random.Random) -> bool:
         looped[field] = step_in([0.0, 0.01, 0.03, 0.1], looped[field], rng)
     else:
         looped["loops"][field] = step_in([1, 2, 3, 4], looped["loops"][field], rng)
+        if field == "train" and "max" in looped["loops"].get("schedule", {}):
+            looped["loops"]["schedule"]["max"] = looped["loops"][field]
     return True
 
 
@@ -331,7 +333,12 @@ def schedule(tree: Tree, rng: random.Random) -> bool:
     looped = tree["recurrence"]["loops"]
     if looped.pop("schedule", None) is None:
         growing = {"curriculum": rng.choice(["linear", "sqrt"]), "warmup_steps": 100}
-        drawn = {"kind": "poisson_lognormal", "mean": 1.5, "sigma": 0.5, "max": looped["train"] + 1}
+        drawn = {
+            "kind": "poisson_lognormal",
+            "mean": 1.5,
+            "sigma": 0.5,
+            "max": min(looped["train"] + 1, 4),
+        }
         looped["schedule"] = rng.choice([growing, drawn, {"backprop": 1}])
     return True
 
@@ -354,7 +361,15 @@ def cache(tree: Tree, rng: random.Random) -> bool:
     if rng.random() < 0.5:
         policy["quant"] = other(["none", "int8", "fp8", "nf4"], policy["quant"], rng)
     elif policy["cache"] == "latent":
-        policy["latent"] = {"dim": step_in(POWERS, policy["latent"]["dim"], rng)}
+        latent = dict(policy.pop("latent"))
+        field = rng.choice(["dim", "freq", "full"])
+        if field == "full":
+            policy["cache"] = "full"
+        elif field == "dim":
+            policy["latent"] = latent | {"dim": step_in(POWERS, latent["dim"], rng)}
+        else:
+            freq = latent.get("update", {}).get("freq", 1)
+            policy["latent"] = latent | {"update": {"freq": other([1, 2, 4], freq, rng)}}
     elif policy["cache"] == "full" and rng.random() < 0.3:
         policy |= {"cache": "latent", "latent": {"dim": max(8, tree["d_model"] // 4)}}
     elif policy["cache"] == "window":

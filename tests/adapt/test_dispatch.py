@@ -19,6 +19,12 @@ def last_logits(case):
     )[:, -1]
 
 
+def test_a_mixture_follows_the_labels_and_leaves_other_to_the_base():
+    labels = adapt.make_labels([1, adapt.BASE, 0], room=5)
+    choice = labels.choose(jnp.log(jnp.array([[0.2, 0.5, 0.3, 9.0, 9.0]])))
+    np.testing.assert_allclose(labels.mixture(choice, 4), [[0.3, 0.2, 0, 0]], atol=1e-6)
+
+
 def test_the_most_probable_label_wins(case, last_logits):
     """Its first token's logit after the prompt; "other" is the base, whose alpha is zero."""
     dispatch = adapt.PromptDispatch.of(TOKENS, EXPERTS)

@@ -168,6 +168,12 @@ def test_training_loops_noise_and_balance():
     assert np.abs(gradient["params"]["body"]["mix"]["router"]["kernel"]).max() > 0
 
 
+def loops_up_to(count):
+    """A body of two layers that loops once at first, `count` times in the end."""
+    ramp = {"curriculum": "linear", "warmup_steps": 9}
+    return {"body": 2, "loops": {"train": count, "eval": 2, "schedule": ramp}}
+
+
 LOOPED = {"prelude": 0, "body": 1, "coda": 1, "adapter": "residual"}
 
 
@@ -191,20 +197,40 @@ def test_a_schedule_decides_how_many_loops_are_taken_and_how_many_have_a_gradien
 
     identity = {"arch.recurrence": {"body": 1, "coda": 1, "loops": {"train": 3}}}
 
-    def embedding_gradient(backprop):
-        schedule = {"arch.recurrence.loops.schedule": {"backprop": backprop}}
+    def gradient(backprop, step=0, **ramp):
+        schedule = {"arch.recurrence.loops.schedule": {"backprop": backprop, **ramp}}
         _, built, params = random_network(edited(identity | schedule))
-        f = jitted(
-            jax.grad(
-                lambda p: built.apply(p, tokens, train=True, rngs={"noise": key})[0][..., 0].sum()
-            )
-        )
-        gradient = f(params)["params"]
-        assert np.abs(gradient["coda"]["mix"]["mixer_0"]["v"]["kernel"]).max() > 0
-        return np.abs(gradient["embed"]["embedding"]).max()
 
-    assert embedding_gradient(1) == embedding_gradient(2) == 0
-    assert embedding_gradient(3) > 0
+        def out(p):
+            rngs = {"noise": key}
+            return built.apply(p, tokens, train=True, rngs=rngs, step=step)[0][..., 0].sum()
+
+        found = jitted(jax.grad(out))(params)["params"]
+        body = found["body"]["mix"]["mixer_0"]["v"]["kernel"]
+        return np.abs(found["embed"]["embedding"]).max(), np.asarray(body)
+
+    (one, last), (two, both), (three, every) = map(gradient, (1, 2, 3))
+    assert one == two == 0 < three
+    assert len({float(np.abs(x).sum()) for x in (last, both, every)}) == 3
+    # of three loops two are taken: the second and last alone, or both, have a gradient
+    ramp = {"curriculum": "linear", "warmup_steps": 4, "step": 1}
+    (cut, _), (whole, _) = gradient(1, **ramp), gradient(2, **ramp)
+    assert cut == 0 < whole
+
+
+def test_loops_that_are_not_taken_add_no_losses():
+    """One of three loops: the losses beside are those of a network with one."""
+    _, taken, params = random_network(edited({"arch.ffn": MOE, "arch.recurrence": loops_up_to(3)}))
+    _, single, _ = random_network(edited({"arch.ffn": MOE, "arch.recurrence": loops_up_to(1)}))
+
+    def sown(network, step):
+        rngs = {"noise": jax.random.key(0)}
+        given = {"train": True, "rngs": rngs, "step": step, "mutable": ["losses"]}
+        _, found = network.apply(params, random_tokens(6), **given)
+        return sum(float(jnp.sum(x)) for x in jax.tree.leaves(found))
+
+    assert sown(taken, 0) == pytest.approx(sown(single, 0), rel=1e-5)
+    assert sown(taken, 99) > 2 * sown(single, 0)
 
 
 def test_drawn_loops_follow_their_distribution():
@@ -217,6 +243,14 @@ def test_drawn_loops_follow_their_distribution():
     wanted = np.clip(1 + rng.poisson(rates), 2, 6)
     for n in range(1, 8):
         assert np.mean(got == n) == pytest.approx(np.mean(wanted == n), abs=0.015)
+    # a third of the way from 2 to 6 loops, and the mean on its way from 2 to 2.5
+    grown = Schedule(kind="fixed", min=2, curriculum="linear")
+    count = loop_count(grown, 6, {"loop_warmup": 3}, 0, keys[0])
+    assert int(count) == 3
+    half = schedule.model_copy(update={"curriculum": "linear", "min": 1})
+    given = knobs | {"loop_warmup": 4, "loop_sigma": 0.0}
+    got = jitted(jax.vmap(lambda key: loop_count(half, 50, given, 1, key)))(keys)
+    assert np.mean(got) == pytest.approx(1 + 1 + 0.5 * 1.5, abs=0.03)
 
 
 def test_a_depth_router_lets_tokens_pass_and_is_taught_its_budget():

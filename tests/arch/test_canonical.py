@@ -16,6 +16,23 @@ def par(*choices, merge="Add"):
     return {"arch.mix_unit": {"kind": "par", "choices": list(choices), "merge": merge}}
 
 
+def latent(**fields):
+    return {"arch.kv_policy": {"cache": "latent", "latent": {"dim": 6, **fields}}}
+
+
+def depth(**fields):
+    return {"arch.depth_router": {"kind": "token", "budget": 0.5, **fields}}
+
+
+def looped(**schedule):
+    loops = {"train": 3} | ({"schedule": schedule} if schedule else {})
+    return {"arch.recurrence": {"body": 2, "loops": loops}}
+
+
+def drawn(**schedule):
+    return looped(kind="poisson_lognormal", mean=2, **schedule)
+
+
 def fingerprint(changes):
     return arch.fingerprint(arch.from_dict(edited(changes)))
 
@@ -50,9 +67,32 @@ SAME = [
         {"arch.kv_policy": {"cache": "window", "window": 4}},
         {"arch.kv_policy": {"cache": "ring", "window": 4}},
     ),
+    (latent(), latent(update={"freq": 1})),
+    (latent(), latent(update={"kind": "ema", "tau": 1.0})),
+    (latent(update={"freq": 32}), latent(update={"freq": 99})),
+    (latent(heads=1), {**latent(), f"{MIXER}.kv_heads": 1}),
+    ({}, {"arch.depth_router": {"kind": "token", "budget": 0.5, "min_layers": 2}}),
+    (depth(), depth(tau=1.0)),
+    (looped(), looped(kind="fixed", min=2)),
+    (looped(), looped(backprop=3)),
+    (looped(backprop=1), looped(backprop=1, min=2)),
+    ({"arch.recurrence": {"body": 2, "loops": {"train": 5, "eval": 3}}}, looped(min=5)),
+    (drawn(max=5), drawn(max=5, sigma=0.0, min=1)),
 ]
 APART = [
     {},
+    latent(),
+    latent(dim=7),
+    latent(update={"freq": 2}),
+    latent(update={"freq": 2, "kind": "ema", "tau": 0.5}),
+    depth(),
+    depth(budget=0.4),
+    looped(),
+    looped(backprop=2),
+    looped(curriculum="linear", warmup_steps=5),
+    looped(curriculum="linear", warmup_steps=5, min=2),
+    drawn(max=5),
+    drawn(max=6),
     {"arch.d_model": 32},
     {"arch.n_layers": 3},
     {f"{MIXER}.kv_heads": 1},
@@ -83,6 +123,20 @@ APART = [
     par(A, A),
     par(A, R, merge="Concat"),
 ]
+
+
+def key(changes):
+    return arch.compile_key(arch.from_dict(edited(changes)))
+
+
+def test_scalars_of_routers_schedules_and_latents_are_no_part_of_the_key():
+    ema = {"kind": "ema", "tau": 0.5}
+    assert key(latent(update=ema)) == key(latent(update=ema | {"tau": 0.2}))
+    assert key(depth(tau=0.5)) == key(depth(budget=0.1, tau=2.0))
+    assert key(drawn(max=5)) == key({**looped(kind="poisson_lognormal", mean=3, sigma=1, max=5)})
+    ramp = {"curriculum": "sqrt", "warmup_steps": 5}
+    assert key(looped(**ramp)) == key(looped(**ramp | {"warmup_steps": 7}))
+    assert len({key(x) for x in (latent(), depth(), drawn(max=5), looped(**ramp), {})}) == 5
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)

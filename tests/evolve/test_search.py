@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from forge_jax import arch, evolve
+from forge_jax.evolve.loop import fitness
 from tests.evolve.planted import SEED, distance, evaluate
 
 LADDER = evolve.Ladder(first=20, reduction=2, rungs=3, stages=2, stage_steps=40, births=3)
@@ -123,12 +124,18 @@ def test_a_mistake_of_the_program_is_no_failed_candidate():
 
 
 def test_rank_weighs_the_objectives():
-    """With (score, FLOPs) minimised the winners' FLOPs stay below those of the score alone."""
-    flops = {}
-    for pareto in (False, True):
-        events = searched(1, SHORT._replace(steps=1600, pareto=pareto))
-        found = [
-            t.reports[-1].objectives[0] for t in evolve.trials_of(events).values() if t.rung > 1
-        ]
-        flops[pareto] = sorted(found)[len(found) // 2]
-    assert flops[True] < flops[False]
+    """Of (score, FLOPs) the second best score is worse than the best in both: it falls behind."""
+    events = []
+    for i, (score, flops) in enumerate([(1.0, 9.0), (1.05, 10.0), (1.1, 8.0), (1.2, 1.0)]):
+        events.append({"event": "create", "trial": i, "parents": [], "fingerprint": str(i)})
+        events[-1] |= {"spec": {}, "operator": "seed", "diff": []}
+        events.append({"event": "report", "trial": i, "rung": 0, "steps": 1, "score": score})
+        events[-1] |= {"objectives": [flops], "metrics": {}, "error": None}
+    trials = list(evolve.trials_of(events).values())
+
+    def order(pareto):
+        found = fitness(trials, pareto)
+        return sorted(found, key=found.__getitem__)
+
+    assert order(False) == [0, 1, 2, 3]
+    assert order(True) == [0, 2, 3, 1]

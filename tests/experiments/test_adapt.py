@@ -216,7 +216,9 @@ def test_experts_of_another_base_are_refused(checkpoint, tmp_path, capsys, monke
     z = {"layers_0/mlp/up_proj/kernel": np.ones(3, np.float32)}
     record = SimpleNamespace(experts={"math": z}, metadata={"base_sha256": "0" * 64})
     settings = {"select": "both", "source": "procedural", "data": None, "stop_token": True}
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"free_tokens": 8}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(settings | {"free_tokens": 8, "max_full": None, "reward": "task"})
+    )
     monkeypatch.setattr(adapt, "load_phase8", lambda path: record)
     args = adapt.Args(out=tmp_path / "run", checkpoint=checkpoint, experts=tmp_path, **SMALL)
     assert "another base" in refused(args, capsys)

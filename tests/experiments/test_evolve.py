@@ -11,6 +11,7 @@ import pytest
 from experiments import evolve
 from experiments import run as runs
 from experiments.evolution.candidates import Limits
+from experiments.evolution.report import births_in
 from experiments.evolution.search import variant
 from experiments.evolution.settings import rungs, settings_of
 from experiments.evolution.shown import cells, latest, table
@@ -153,8 +154,9 @@ def test_flags_mean_a_search():
     full = dataclasses.replace(args, overflow_factor=1.6)
     more = settings_of(full, 2)
     assert (more.trials, more.population, more.immigrants) == (16, 5, 1 / 8)
-    assert [variant(i, more) for i in (7, 8)] == ["gen_0/variant_7", "gen_1/variant_0"]
-    assert [variant(i, found) for i in (4, 5)] == ["gen_0/variant_4", "gen_1/variant_0"]
+    assert [variant(i, 8) for i in (7, 8)] == ["gen_0/variant_7", "gen_1/variant_0"]
+    assert births_in({"overflow_factor": 1.6}, more) == 8
+    assert births_in({}, found) == 5
     plain = settings_of(evolve.Train((Path("x"),), steps=7), 3)
     assert (plain.trials, plain.ladder.rungs, plain.ladder.steps(0)) == (3, 1, 7)
     assert rungs(10, 60, 3) == 2

@@ -43,7 +43,7 @@ def test_orders_keep_every_value_and_the_first_is_the_z(made):
 
 
 SETTINGS = {"test_items": 6, "select": "both", "source": "procedural", "data": None}
-SETTINGS |= {"stop_token": True, "free_tokens": 16}
+SETTINGS |= {"stop_token": True, "free_tokens": 16, "max_full": None, "reward": "task"}
 
 
 def load(monkeypatch, folder, checkpoint, experts, sha):

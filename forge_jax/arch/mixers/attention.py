@@ -92,7 +92,7 @@ class AttentionMixer(nn.Module):
         mixer, at = self.mixer, frame.positions
         heads, size = sizes.heads_of(mixer, self.arch.d_model)
         q = split_heads(linear("q", heads * size, self.dtype)(x), heads)
-        q = self.placed("q", q, frame, at)
+        q = self.placed("q", q, self.turns(frame, at)[0])
         k, v, slots, seen, state = self.past(x, frame, state)
         mask = visible(mixer.stencil, at, slots, frame.knobs)
         if seen is not None:
@@ -116,7 +116,7 @@ class AttentionMixer(nn.Module):
         heads, at, slots = self.mixer.kv_heads or heads, frame.positions, frame.positions
         k = split_heads(linear("k", heads * size, self.dtype)(x), heads)
         v = split_heads(linear("v", heads * size, self.dtype, self.gain)(x), heads)
-        k = self.placed("k", k, frame, at)
+        k = self.placed("k", k, self.turns(frame, at)[1])
         if state is None:
             k, v = quantize.through(k, policy.quant), quantize.through(v, policy.quant)
         else:
@@ -133,19 +133,18 @@ class AttentionMixer(nn.Module):
         seen = slots > at[:, None] - frame.knobs["kv_window"] if policy.window else None
         return k, v, slots, seen, state
 
-    def placed(self, name: str, x, frame: Frame, at):
-        """The heads "q" or "k", normed and turned."""
+    def placed(self, name: str, x, turn):
+        """The heads of queries ("q") or keys ("k"), normed and turned."""
         softmax = self.mixer.softmax
         if softmax is not None and softmax.qk_norm != "none":
             make = nn.RMSNorm if softmax.qk_norm == "rms" else nn.LayerNorm
             x = make(epsilon=1e-6, dtype=self.dtype, name=f"{name}_norm")(x)
-        turn = self.turn(frame, "qk".index(name), at)
         return x if turn is None else positions.rotate(x, turn)
 
-    def turn(self, frame: Frame, which: int, at):
-        """The rotations of queries (0) or keys (1) at these positions."""
-        del at  # the frame's are of this call's
-        return None if frame.turn is None else frame.turn[which]
+    def turns(self, frame: Frame, at):
+        """The rotations of queries and of keys at these positions, which are the frame's."""
+        del at
+        return (None, None) if frame.turn is None else frame.turn
 
     def bias(self, heads: int, distance):
         """ALiBi's slopes, or a learned bias per bucket of distance."""

@@ -119,8 +119,8 @@ class LatentMixer(AttentionMixer):
         seen = None
         if update is not None:
             seen = (slots % update.freq == update.freq - 1) | (slots == at[:, None])
-        return self.placed("k", k, frame, slots), v, slots, seen, state
+        return self.placed("k", k, self.turns(frame, slots)[1]), v, slots, seen, state
 
-    def turn(self, frame: Frame, which: int, at):
-        """From the rotations of all positions."""
-        return None if frame.turn is None else frame.turn[which][:, at]
+    def turns(self, frame: Frame, at):
+        """The same of any positions."""
+        return (None, None) if frame.turn is None else frame.turn[:, :, at]

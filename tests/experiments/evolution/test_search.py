@@ -57,13 +57,13 @@ def searched(out, *, resume=False, deadline=None, **killed):
     with runs.opened(out, CONFIG, resume=resume) as run:
         evaluate, seen = evaluation(run, **killed), []
         events, late = search.search(
-            run, evaluate, [SEED], SETTINGS, seed=3, show=seen.append, deadline=deadline
+            run, evaluate, [SEED], SETTINGS, births=4, seed=3, show=seen.append, deadline=deadline
         )
         deep = {"count": 2, "steps": 20, "seeds": [7, 8]}
         events, _ = search.deepen(run, evaluate, events, **deep, show=seen.append)
         built = report.built(events, SETTINGS, CONFIG, {"out_of_time": late})
         runs.write_json(out / "search_report.json", built)
-        lineage.write(out, events, SETTINGS, "x", "TD")
+        lineage.write(out, events, SETTINGS, 4, "x", "TD")
     return built
 
 
@@ -152,7 +152,14 @@ def test_time_ends_a_search_and_a_longer_time_takes_it_up(whole, tmp_path):
 def searched_nothing(out):
     with runs.opened(out, CONFIG) as run:
         events, late = search.search(
-            run, evaluation(run), [SEED], SETTINGS, seed=3, show=lambda _: None, deadline=0
+            run,
+            evaluation(run),
+            [SEED],
+            SETTINGS,
+            births=4,
+            seed=3,
+            show=lambda _: None,
+            deadline=0,
         )
         return late and not events
 
