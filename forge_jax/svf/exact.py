@@ -15,7 +15,7 @@ def thin_svd(matrix: Float[Array, "*batch m n"]) -> Thin:
     """U, s (falling) and Vt of float32 matrices, r = min(m, n).
 
     On a CPU by the eigenvectors V of the smaller Gram matrix, AtA or AAt, in float64, then U = A V
-    / s (Golub and Van Loan, section 8.6.3): 0.4 of the time of LAPACK's gesdd on GPT-2's shapes
+    / s (Golub and Van Loan, section 8.6.3): half the time of LAPACK's gesdd on GPT-2's shapes
     (docs/performance.md). Its known weakness, that AtA squares the condition number, is below
     float32's resolution up to a condition of `WORST`; matrices beyond it, matrices that are not
     finite, what is traced, and other devices take `jnp.linalg.svd`.
