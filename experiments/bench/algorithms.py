@@ -76,7 +76,7 @@ def reached(problem: Problem, settings: Settings, seeds: list[int], line: float)
             if done.accuracy is None:
                 continue
             drawn = done.number * settings.prompts * settings.samples
-            first = crossed(first, done.accuracy, line, drawn)
+            first = crossed(first, done.accuracy.tolist(), line, drawn)
             if None not in first:
                 break
         out.append(first)

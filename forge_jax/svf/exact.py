@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 Thin = tuple[Float[Array, "*batch m r"], Float[Array, "*batch r"], Float[Array, "*batch r n"]]
@@ -20,7 +21,7 @@ def thin_svd(matrix: Float[Array, "*batch m n"]) -> Thin:
     float32's resolution up to a condition of `WORST`; matrices beyond it, matrices that are not
     finite, what is traced, and other devices take `jnp.linalg.svd`.
     """
-    if jax.default_backend() != "cpu" or isinstance(matrix, jax.core.Tracer):
+    if jax.default_backend() != "cpu" or isinstance(matrix, Tracer):
         return lapack(matrix)
     whole = np.asarray(matrix)
     stack = whole.reshape(-1, *whole.shape[-2:])

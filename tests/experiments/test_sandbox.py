@@ -143,7 +143,7 @@ def test_why_nothing_is_run_where_namespaces_cannot_be_made(monkeypatch):
 
 def test_why_nothing_is_run_without_the_tools(monkeypatch):
     monkeypatch.setattr(sandbox, "_PATH", "/nowhere")
-    assert "it needs Linux with unshare" in sandbox._missing.__wrapped__()
+    assert "it needs Linux with unshare" in str(sandbox._missing.__wrapped__())
 
 
 @isolated
