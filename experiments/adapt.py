@@ -6,7 +6,8 @@
 Reads the experts of a `experiments.phase7` run (without --experts it trains them first), measures
 every way to dispatch a question on wordings it was and was not fitted on, two passes against an
 oracle that knows the domain, few-shot mixtures against the uniform one and the best single expert,
-and the first pass against the second. Writes config.json, metrics.jsonl and adapt.json.
+and the first pass against the second. The questions of "other" belong to no expert: there the base
+is right. Writes config.json, metrics.jsonl and adapt.json.
 """
 
 import dataclasses

@@ -325,6 +325,8 @@ def main(args: Args) -> int:
         write_json(args.out, arch.json_schema())
         return 0
     if isinstance(args, Validate):
+        if not args.files:
+            raise ValueError("There is no document: name a YAML file.")
         return 0 if all([validate(path, args.strict) for path in args.files]) else 1
     if isinstance(args, Report | Lineage):
         return written_again(args)

@@ -22,16 +22,21 @@ def unit_tests(response: str, answer: str) -> float:
     Raises:
       ValueError: the answer is no Python, or asserts nothing.
     """
+    check_tests(answer)
+    return signed(sandbox.passes(program_of(response), answer))
+
+
+def check_tests(answer: str) -> None:
+    """Raise a ValueError where an answer is no Python, or asserts nothing."""
     try:
         found = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(answer)))
     except SyntaxError:
         found = False
     if not found:
         raise ValueError(
-            f"The reward unit_tests wants answers that assert something, got {answer[:60]!r}; the "
-            "domain programs of --source hub has such."
+            f"The reward unit_tests wants answers that assert something, got {answer[:60]!r}: "
+            "`--source hub --domains programs` has such."
         )
-    return signed(sandbox.passes(program_of(response), answer))
 
 
 def program_of(response: str) -> str:

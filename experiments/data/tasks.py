@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.data.batches import Batch, encode
-from experiments.data.rewards import Reward, reward_of, unit_tests
+from experiments.data.rewards import Reward, check_tests, reward_of, unit_tests
 from experiments.data.sources import hub, procedural, take
 from experiments.data.splits import SHARES, Split, distinct
 from forge_jax.domains import Item, code, exact, math, reasoning, vision
@@ -80,6 +80,9 @@ def load_tasks(
     if source == "hub" and reward is None and "programs" in names:
         reward_of("unit_tests")  # refuses where no program can be run
     items = [load_items(n, source, directory, image_token, counts) for n in names]
+    if reward is unit_tests:
+        for by_split in items:
+            check_tests(by_split["train"][0].answer)
     longest = [
         encode(tokenizer, [i for s in by_split.values() for i in s], bos=bos, eos=eos)
         for by_split in items

@@ -258,6 +258,9 @@ def test_programs_are_rewarded_by_their_own_tests(read, tmp_path):
     assert not task.is_exact
     assert task.reward(f"```python\n{add}\n```", item.answer) == 1
     assert task.reward("def add(x): return x", item.answer) == -1
+    own: Any = given | {"source": "procedural", "directory": None, "reward": task.reward}
+    with pytest.raises(ValueError, match="wants answers that assert something"):
+        load_tasks(["sums"], words, **own, counts=counts, bos=None, eos=None)
 
 
 def test_textvqa_from_a_parquet_file(read, tmp_path):

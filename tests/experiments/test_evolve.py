@@ -130,6 +130,7 @@ def again(out, sweep, capsys):
     assert windows == [3, 5]  # `a` is met again under another name, `c` has no score
     assert list(specs) == ["a", "run-gen_0-variant_1"]
     refused = [
+        (evolve.Validate(()), "There is no document"),
         (dataclasses.replace(args, top_index=out / "config.json"), "must be a search_report.json"),
         (dataclasses.replace(args, top_count=0), "`top_index` and a positive `top_count`"),
         (sweep, "already exists"),
