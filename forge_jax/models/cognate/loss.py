@@ -50,24 +50,27 @@ def token_nll(
     """Cross-entropy of the tied head and whether the argmax is the label, `rows` tokens at a time.
 
     No more than `rows` rows of logits exist at once, in the backward pass neither: there they are
-    computed again. At an ignored label the loss is 0 and the answer not correct.
+    computed again, unless all fit into one piece. At an ignored label the loss is 0 and the answer
+    not correct.
     """
     count = answers.shape[0]
-    rows = min(rows, count)
+    if count <= rows:
+        return _token_nll(answers, embedding, labels)
     short = -count % rows
     answers = jnp.pad(answers, ((0, short), (0, 0))).reshape(-1, rows, answers.shape[1])
     labels = jnp.pad(labels, (0, short), constant_values=IGNORED).reshape(-1, rows)
 
-    @jax.checkpoint
-    def some(y, label):
-        logits = jnp.matmul(y, embedding.T, preferred_element_type=jnp.float32)
-        valid = label >= 0
-        chosen = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=1)[:, 0]
-        nll = jnp.where(valid, jax.nn.logsumexp(logits, axis=1) - chosen, 0)
-        return nll, valid & (jnp.argmax(logits, axis=1) == label)
-
-    nll, correct = jax.lax.map(lambda chunk: some(*chunk), (answers, labels))
+    some = jax.checkpoint(_token_nll)
+    nll, correct = jax.lax.map(lambda piece: some(piece[0], embedding, piece[1]), (answers, labels))
     return nll.reshape(-1)[:count], correct.reshape(-1)[:count]
+
+
+def _token_nll(answers, embedding, labels):
+    logits = jnp.matmul(answers, embedding.T, preferred_element_type=jnp.float32)
+    valid = labels >= 0
+    chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+    nll = jnp.where(valid, jax.nn.logsumexp(logits, axis=1) - chosen, 0)
+    return nll, valid & (jnp.argmax(logits, axis=1) == labels)
 
 
 def answers_nll(answers: Float[Array, "answers batch time d"], embedding, labels, rows: int):

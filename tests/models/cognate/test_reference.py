@@ -1,12 +1,11 @@
-"""compat="reference" against a transcription of the public model's published equations in torch.
+"""The model against a transcription of its equations in torch, public and corrected.
 
-The transcription runs layer by layer, token by token in the memory, and takes its gradients from
-torch's autograd.
+The transcription (`experiments.bench.eager_cognate`) runs layer by layer, token by token in the
+memory, and takes its gradients from torch's autograd.
 """
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -14,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forge_jax.models.cognate import Cognate, CognateConfig, Controls, init_carry
+from forge_jax.models.cognate import Cognate, CognateConfig, Controls, init_carry, loss
 from forge_jax.models.cognate.loss import loss_of, task_loss
 
 torch = pytest.importorskip("torch")
-F = torch.nn.functional
+from experiments.bench import eager_cognate  # noqa: E402
+
 pytestmark = pytest.mark.torch
 
 CONFIG = CognateConfig(
@@ -52,102 +52,6 @@ def draw_params():
         return (middle + 0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def linear(x, p):
-    y = x @ p["kernel"]
-    return y + p["bias"] if "bias" in p else y
-
-
-def rms(x, p):
-    return x * torch.rsqrt((x**2).mean(-1, keepdim=True) + 1e-6) * p["scale"]
-
-
-def attention(q, k, v, heads, mask=None):
-    def split(x):
-        return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
-
-    q, k, v = split(q), split(k), split(v)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
-
-
-def cross(p, x, seen):
-    d = x.shape[-1]
-    w, b = p["in_proj"]["kernel"], p["in_proj"]["bias"]
-    q = x @ w[:, :d] + b[:d]
-    k, v = seen @ w[:, d : 2 * d] + b[d : 2 * d], seen @ w[:, 2 * d :] + b[2 * d :]
-    return linear(attention(q, k, v, CONFIG.answer_heads), p["out_proj"])
-
-
-def layer_norm(x, p):
-    return F.layer_norm(x, x.shape[-1:], p["scale"], p["bias"], 1e-5)
-
-
-def two_layers(x, p):
-    return linear(torch.relu(linear(x, p["mlp_0"])), p["mlp_2"])
-
-
-def oracle(params, tokens, labels, memory, threshold, deep):
-    """Every number that the public forward returns."""
-    backbone, trm = params["backbone"], params["trm"]
-    time = tokens.shape[1]
-    x = backbone["token_emb"]["embedding"][tokens] + backbone["pos_emb"]["embedding"][:time]
-    i = torch.arange(time)
-    mask = (i[:, None] - i).abs() <= CONFIG.window // 2
-    for n in range(CONFIG.layers):
-        p = jax.tree.map(lambda leaf, n=n: leaf[n], backbone["layers"])
-        h, a = rms(x, p["norm1"]), p["attention"]
-        q, k, v = (linear(h, a[name]) for name in ("w_q", "w_k", "w_v"))
-        x = x + linear(attention(q, k, v, CONFIG.heads, mask), a["w_o"])
-        h, m = rms(x, p["norm2"]), p["mlp"]
-        x = x + linear(F.silu(linear(h, m["w_gate"])) * linear(h, m["w_up"]), m["w_down"])
-    y = rms(x, backbone["norm"])
-    state, states = memory, []
-    for t in range(time):
-        new = linear(y[:, t], backbone["ltm"]["w_down"])
-        state = CONFIG.memory_decay * state + (1 - CONFIG.memory_decay) * new
-        states.append(state)
-    m = linear(torch.stack(states, 1), backbone["ltm"]["w_up"])
-    p = backbone["mag_gate"]
-    g = torch.sigmoid(linear(torch.relu(linear(torch.cat([y, m], -1), p["w_concat"])), p["w_gate"]))
-    entropy = -(g * torch.log(g + 1e-8) + (1 - g) * torch.log(1 - g + 1e-8))
-    features = g * y + (1 - g) * m
-
-    z = linear(features, trm["z0_proj"])
-    y = linear(z, trm["y0_proj"])
-    ys, zs = [y], [z]
-    for step in range(CONFIG.steps):
-        seen = features if step == 0 else features.detach()
-        for _ in range(CONFIG.micro_steps):
-            p = trm["refiner"]
-            u = [z, cross(p["feature_attn"], z, seen), cross(p["answer_attn"], z, y)]
-            z = layer_norm(z + two_layers(torch.cat(u, -1), p), p["norm"])
-        p = trm["updater"]
-        y = layer_norm(y + two_layers(torch.cat([y, z], -1), p), p["norm"])
-        ys.append(y)
-        zs.append(z)
-        y, z = y.detach(), z.detach()
-    logits = [y @ backbone["token_emb"]["embedding"].T for y in ys]
-    halts = [torch.sigmoid(linear(z, params["act_head"]["w_halt"]))[..., 0].mean(1) for z in zs]
-    steps = [
-        next((k + 1 for k, h in enumerate(halts) if h[b] > threshold), len(halts))
-        for b in range(BATCH)
-    ]
-    ces = [F.cross_entropy(x.flatten(0, 1), labels.flatten(), ignore_index=-100) for x in logits]
-    weights = CONFIG.step_weights
-    ce = sum(w * x for w, x in zip(weights, ces, strict=True)) / sum(weights) if deep else ces[-1]
-    act, gate = 0.01 * sum(steps) / BATCH, -1e-3 * entropy.mean()
-    return {
-        "logits": torch.stack(logits),
-        "latents": torch.stack(zs),
-        "memory": state.mean(0),
-        "ces": torch.stack(ces),
-        "steps": steps,
-        "loss": ce + act + gate,
-    }
 
 
 def make_batch():
@@ -189,27 +93,31 @@ def run_model(threshold, deep, gate=1.0):
 
 @pytest.mark.parametrize(("deep", "threshold"), [(False, 0.95), (True, 0.5)])
 def test_forward_and_gradients_are_the_public_models(deep, threshold):
-    (tokens, labels, memory), leaves = make_batch(), draw_params()
-    leaves = jax.tree.map(lambda x: torch.tensor(x, requires_grad=True), leaves)
-    start = torch.tensor(memory).expand(BATCH, -1)
-    wanted = oracle(leaves, torch.tensor(tokens), torch.tensor(labels), start, threshold, deep)
-    wanted["loss"].backward()
+    tokens, labels, memory = (torch.tensor(x) for x in make_batch())
+    config = dataclasses.replace(CONFIG, deep_supervision=deep)
+    leaves, start = eager_cognate.tensors(draw_params(), config), memory.expand(BATCH, -1)
+    wanted = eager_cognate.forward(leaves, tokens, labels, config, start, threshold)
+    wanted.loss.backward()
     (outputs, total, metrics, logits), grads = run_model(threshold, deep)
 
     def close(got, want):
         want = want.detach().numpy()
         np.testing.assert_allclose(got, want, atol=1e-5 * max(1, np.abs(want).max()))
 
-    close(logits, wanted["logits"])
-    close(outputs.latents, wanted["latents"])
-    close(outputs.carry.memory.mean.mean(0), wanted["memory"])
+    close(logits, torch.stack(wanted.logits))
+    close(outputs.latents, torch.stack(wanted.latents))
+    close(outputs.carry.memory.mean, wanted.memory)
     by_answer = jnp.stack([metrics[f"loss_step_{k}"] for k in range(4)])
-    close(by_answer, wanted["ces"])
+    close(by_answer, torch.stack(wanted.ces))
     if not deep:
-        config = dataclasses.replace(CONFIG, deep_supervision=False)
         total = total + task_loss(config, by_answer) - task_loss(CONFIG, by_answer)
-    close(total, wanted["loss"])
-    assert float(metrics["loss_act"]) == pytest.approx(0.01 * np.mean(wanted["steps"]))
+    close(total, wanted.loss)
+    assert float(metrics["loss_act"]) == pytest.approx(0.01 * np.mean(wanted.steps))
+    same_gradients(grads, leaves, config)
+
+
+def same_gradients(grads, leaves, config):
+    grads = eager_cognate.layered(grads, config)
     for (path, got), want in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(leaves), strict=True
     ):
@@ -226,3 +134,23 @@ def test_the_defect_is_there_too():
     for part in ("layers", "ltm", "mag_gate", "norm", "pos_emb"):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["backbone"][part]))
     assert np.any(grads["backbone"]["token_emb"]["embedding"])
+
+
+def test_the_corrected_model_is_its_transcription_too():
+    """Causal windows, a read before the own write, attached features, a halting loss."""
+    config = dataclasses.replace(CONFIG, compat="corrected", window=4)
+    tokens, labels, _ = make_batch()
+    params = draw_params()
+    leaves = eager_cognate.tensors(params, config)
+    wanted = eager_cognate.forward(leaves, torch.tensor(tokens), torch.tensor(labels), config)
+    wanted.loss.backward()
+    value = functools.partial(loss, Cognate(config))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def ours(params):
+        return jax.value_and_grad(value, has_aux=True)(params, jnp.array(tokens), jnp.array(labels))
+
+    (total, metrics), grads = ours(params)
+    np.testing.assert_allclose(total, wanted.loss.item(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss_act"], wanted.act.item(), rtol=1e-5)
+    same_gradients(grads, leaves, config)

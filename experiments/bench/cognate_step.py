@@ -1,0 +1,223 @@
+"""Race a training step of Cognate against the same in eager PyTorch, and three models against one.
+
+    python -m experiments.bench.cognate_step runs/bench
+
+The model is the seed's, 26,974,561 parameters, with deep supervision; a step is the loss, its
+gradient, a clip and AdamW, MuGrok beside it. Fast keeps what the backward pass needs; frugal
+computes it again. Peak memory is that of a process of its own that makes two steps.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from experiments import run as runs
+from experiments.bench import eager_cognate, race
+from experiments.bench.four_experts import WAYS, after_another
+from experiments.bench.race import OURS
+from experiments.cognate.training import Settings, make_tx
+from forge_jax.models.cognate import Cognate, CognateConfig, loss, next_token_labels
+
+EAGER = "eager PyTorch"
+FRUGAL, MUGROK = f"{OURS}, frugal", f"{OURS}, MuGrok"
+SEED = CognateConfig(memory="ema", positions="learned")
+RATE = 1e-3
+
+
+class Shape(NamedTuple):
+    """A batch, and the model that learns from it."""
+
+    rows: int
+    time: int
+    config: CognateConfig = SEED
+    loss_rows: int = 4096  # of logits at a time in the fast setting
+
+
+def variant(shape: Shape, name: str) -> tuple[CognateConfig, optax.GradientTransformation]:
+    """Model and optimizer of one of our contenders."""
+    frugal = name == FRUGAL
+    rows = shape.config.loss_rows if frugal else shape.loss_rows
+    config = dataclasses.replace(shape.config, remat=frugal, loss_rows=rows)
+    if name == MUGROK:
+        return config, make_tx(Settings(), config)
+    adamw = optax.adamw(RATE, weight_decay=0.01)
+    return config, optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def make_step(model: Cognate, tx: optax.GradientTransformation):
+    """One update, (params, opt_state, tokens, labels) -> (params, opt_state, loss before it)."""
+
+    def step(params, state, tokens, labels):
+        def value(params):
+            return loss(model, params, tokens, labels)[0]
+
+        before, grads = jax.value_and_grad(value)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, before
+
+    return step
+
+
+def batch_of(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens and their labels."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(shape.config.vocab_size, size=(shape.rows, shape.time), dtype=np.int32)
+    return tokens, np.array(next_token_labels(jnp.asarray(tokens)))
+
+
+def start(config: CognateConfig) -> Any:
+    """Weights at their start."""
+    return jax.jit(Cognate(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def stepping(step: Callable, params: Any, state: Any, batch: Any) -> race.Contender:
+    """A contender that goes on training from step to step; its answer is the first loss."""
+    params = jax.tree.map(jnp.copy, params)  # the step takes over what it is given
+    program = race.compiled(step, params, state, *batch, donate=(0, 1))
+    held = race.size((params, state))
+    carry = [params, state]
+
+    def run():
+        *carry[:], value = jax.block_until_ready(program.call(*carry, *batch))
+        return value
+
+    first = np.asarray(run())
+    return race.Contender(
+        run, program.compile_s, held, program.temporary_bytes, answer=lambda: first
+    )
+
+
+def ours(shape: Shape, name: str, params: Any) -> race.Contender:
+    """One of our settings."""
+    config, tx = variant(shape, name)
+    return stepping(make_step(Cognate(config), tx), params, tx.init(params), batch_of(shape))
+
+
+def eager(shape: Shape, params: Any) -> race.Contender:
+    """The same in PyTorch."""
+    batch = batch_of(shape)
+    run = eager_cognate.trainer(params, shape.config, *batch, RATE)
+    held = 3 * race.size(params)  # and two moments
+    first = np.float32(run())
+    return race.Contender(run, held_bytes=held, answer=lambda: first)
+
+
+def contender(shape: Shape, name: str) -> race.Contender:
+    """One side, by its name."""
+    params = start(shape.config)
+    return eager(shape, params) if name == EAGER else ours(shape, name, params)
+
+
+def peak_gb(shape: Shape, name: str) -> float:
+    """Peak memory of a process that makes two steps, GB; to be called in a process of its own."""
+    race.prepare("float32")
+    contender(shape, name).run()
+    return runs.peak_rss_gb()
+
+
+def peaks(shape: Shape, names: tuple[str, ...]) -> dict[str, float]:
+    """`peak_gb` of each, one process after another."""
+    found = {}
+    for name in names:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            found[name] = pool.submit(peak_gb, shape, name).result()
+    return found
+
+
+def compile_cpu_s(shape: Shape, layers: int) -> float:
+    """CPU seconds to compile the fast step of a model of so many layers."""
+    config = dataclasses.replace(shape.config, layers=layers)
+    config, tx = variant(shape._replace(config=config), OURS)
+    params = jax.eval_shape(lambda: start(config))
+    given = params, jax.eval_shape(tx.init, params), *batch_of(shape)
+    return race.compiled(make_step(Cognate(config), tx), *given).compile_cpu_s
+
+
+def settings(shape: Shape) -> dict[str, Any]:
+    """What the record says of a shape."""
+    named = {"rows": shape.rows, "time": shape.time, "loss_rows": shape.loss_rows}
+    kept = ("d_model", "layers", "vocab_size", "memory", "positions", "compat")
+    return {**named, **{n: getattr(shape.config, n) for n in kept}}
+
+
+def make(shape: Shape, floor: float, limit_gb: float | None = None) -> race.Race:
+    """One step, ours in all settings against eager PyTorch's."""
+    names = (OURS, FRUGAL, EAGER)
+    memory = peaks(shape, names)
+    few, many = (compile_cpu_s(shape, n) for n in (shape.config.layers, 2 * shape.config.layers))
+    entries = {name: contender(shape, name) for name in (OURS, FRUGAL, MUGROK, EAGER)}
+    bounds = {
+        "compile, s": (entries[OURS].compile_s or 0.0, 30.0),
+        "CPU time to compile, twice the layers / once": (many / few, 1.15),
+    }
+    if limit_gb:
+        bounds["peak of a process, frugal, GB"] = (memory[FRUGAL], limit_gb)
+    return race.Race(
+        name=f"cognate_step_{shape.rows}x{shape.time}",
+        title=f"one training step of {shape.rows} rows of {shape.time} tokens",
+        settings=settings(shape),
+        entries=entries,
+        difference=race.relative,
+        tolerance=1e-4,
+        floors={EAGER: floor},
+        bounds=bounds,
+        unit="step",
+        summary=lambda: {"peak GB": memory},
+    )
+
+
+def three(shape: Shape, count: int = 3) -> race.Race:
+    """`count` models in one program against one after another; the floor is 3.3 times one."""
+    config, tx = variant(shape, OURS)
+    params, batch = start(config), batch_of(shape)
+    step = make_step(Cognate(config), tx)
+    several = jax.tree.map(lambda x: jnp.stack([x] * count), (params, tx.init(params), batch))
+
+    def at_once(over, *args):
+        return over(lambda _, *each: step(*each), None, *args)
+
+    ways = {
+        name: stepping(functools.partial(at_once, over), several[0], several[1], several[2])
+        for name, over in WAYS.items()
+    }
+    apart = after_another([stepping(step, params, tx.init(params), batch) for _ in range(count)])
+    taken = race.interleaved({name: way.run for name, way in ways.items()}, 3)
+    faster, slower = sorted(WAYS, key=lambda name: min(taken[name]))
+    after = f"{OURS}, one after another"
+    return race.Race(
+        name=f"cognate_three_{config.memory}_{shape.rows}x{shape.time}",
+        title=(
+            f"a step of {count} models, each on {shape.rows} rows of {shape.time} tokens; "
+            f"{OURS} is {faster}"
+        ),
+        settings=settings(shape) | {"models": count},
+        entries={OURS: ways[faster], f"{OURS}, {slower}": ways[slower], after: apart},
+        difference=race.relative,
+        tolerance=1e-5,
+        floors={after: 3 / 3.3},
+        unit="step",
+        summary=lambda: {"faster": faster},
+    )
+
+
+def races(dtype: str) -> Iterator[race.Race]:
+    """Both shapes, and three models at once with either memory."""
+    del dtype  # float32 on both sides
+    yield make(Shape(2, 64), 1 / 0.6)
+    yield make(Shape(16, 256), 1 / 0.9, limit_gb=3.0)
+    yield three(Shape(2, 64))
+    yield three(Shape(2, 64, CognateConfig()))
+
+
+if __name__ == "__main__":
+    race.command(tyro.cli(race.Args), races)
