@@ -33,6 +33,7 @@ from experiments.data.splits import Split, distinct
 from experiments.data.tokenizer import EOS, PAD, train_bpe
 from forge_jax.domains import Item, vision
 from forge_jax.models import Decoder, DecoderSpec
+from forge_jax.models.dense import fast_dense
 from interop.formats import write_safetensors
 from interop.names import canonical_names, params_to_numpy
 
@@ -159,28 +160,6 @@ def draw(rng: np.random.Generator, encoded: dict[str, Encoded], tasks: Iterable[
         np.concatenate(leaves)
         for leaves in zip(*((widen(t), widen(w), p) for t, w, p in parts), strict=True)
     )
-
-
-@jax.custom_vjp
-def matmul(x, w):
-    """x w, whose gradient for w is one plain product of two matrices."""
-    return x @ w
-
-
-def _matmul_bwd(residual, dy):
-    x, w = residual
-    return dy @ w.T, x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
-
-
-matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_bwd)
-
-
-def fast_dense(call, args, kwargs, context):
-    """Dense layers through `matmul`, 1.5x: XLA's CPU backend otherwise copies dy transposed."""
-    module = context.module
-    if not isinstance(module, nn.Dense) or module.use_bias or module.is_initializing():
-        return call(*args, **kwargs)
-    return matmul(args[0], module.get_variable("params", "kernel"))
 
 
 def logits_fn(params, decoder: Decoder, tokens, weights, patches):

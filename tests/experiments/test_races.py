@@ -15,6 +15,7 @@ pytest.importorskip("pymoo")
 from experiments.bench import all as every  # noqa: E402
 from experiments.bench import (  # noqa: E402
     candidates,
+    cognate_step,
     decoders,
     decompose,
     four_experts,
@@ -27,6 +28,7 @@ from experiments.bench import (  # noqa: E402
     rows,
 )
 from experiments.files import read_json, write_json  # noqa: E402
+from forge_jax.models.cognate import CognateConfig  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -35,6 +37,22 @@ EASY, HARD = 1e-9, 1e9  # floors that are met, and missed, on any machine
 SCORED = population.Shape(16, 1, 3, experts=2, tokens=5, vocab=23)
 STEP = rl_step.Shape(16, 1, rows=2, time=5, vocab=23)
 TINY = candidates.Shape(2, 9, 2, {"d_model": 24, "n_layers": 1})
+COGNATE = cognate_step.Shape(
+    *(2, 5),
+    CognateConfig(
+        vocab_size=23,
+        d_model=8,
+        layers=1,
+        heads=2,
+        d_ff=12,
+        max_positions=8,
+        memory="ema",
+        positions="learned",
+        d_mem=4,
+        gate_hidden=5,
+        answer_heads=2,
+    ),
+)
 MAKERS = {
     "scored": lambda: population.make(SCORED, {race.PUBLIC: EASY, race.TORCH: HARD}, "float32"),
     "generated": lambda: population.make(
@@ -58,6 +76,8 @@ MAKERS = {
     "gpt2": lambda: generation.make(
         generation.Shape("gpt2", 16, 1, 23, 1, 4, 3), {generation.PEER: EASY}, "float32"
     ),
+    "cognate_step": lambda: cognate_step.make(COGNATE, EASY, {cognate_step.FRUGAL: 2.0}, 1.0),
+    "cognate_three": lambda: cognate_step.three(COGNATE),
     "nsga2": lambda: nsga2.make(nsga2.Shape(12, 2), {nsga2.PEER: EASY}),
     "decompose": lambda: decompose.make(decompose.Shape(12), {decompose.PEER: EASY}, 3e-6),
 }
@@ -124,6 +144,22 @@ def test_floors_are_met_and_missed():
     assert race.verdict("x", 0.6, 0.5, at_most=True)["missed_by"] == pytest.approx(0.2)
     assert race.verdict("x", 0.5, 0.5, at_most=True)["met"]
     assert not race.verdict("x", float("nan"), 1.0)["met"]
+
+
+def test_cognates_memory_is_judged_and_its_products_counted():
+    result = measured("cognate_step")
+    by_name = {floor["what"]: floor for floor in result["floors"]}
+    assert by_name["peak of a process, frugal, GB"]["missed_by"] == pytest.approx(1.0)
+    assert result["notes"] == {"peak_gb": {cognate_step.FRUGAL: 2.0}}
+    # the public forward pass has 67 M products a token; it makes the features' keys six times
+    flops = cognate_step.work(cognate_step.Shape(1, 1)).flops
+    assert flops / 6e6 == pytest.approx(67, rel=0.03)
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_another_process():
+    found = cognate_step.peaks(COGNATE, (race.OURS,))
+    assert 0.1 < found[race.OURS] < 4
 
 
 def test_the_factored_step_and_the_dense_one_are_both_shown():

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from forge_jax.models.attention import attend, join_heads, rotary, rotate, split_heads
 from forge_jax.models.cognate.config import CognateConfig
+from forge_jax.models.dense import matmul
 
 KeysValues = tuple[
     Float[Array, "batch heads slots head_dim"], Float[Array, "batch heads slots head_dim"]
@@ -163,10 +164,10 @@ class Fused(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
 
     def query(self, x):
-        return x @ self.kernel[:, : self.width] + self.bias[: self.width]
+        return matmul(x, self.kernel[:, : self.width]) + self.bias[: self.width]
 
     def keys_values(self, x):
-        y = x @ self.kernel[:, self.width :] + self.bias[self.width :]
+        y = matmul(x, self.kernel[:, self.width :]) + self.bias[self.width :]
         return jnp.split(y, 2, axis=-1)
 
 

@@ -4,8 +4,10 @@ Labels are the tokens that should come next: `next_token_labels` shifts once, he
 else does. Losses are means over labelled tokens, nats.
 """
 
+import functools
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -19,6 +21,7 @@ from forge_jax.models.cognate.halting import (
     realised_steps,
 )
 from forge_jax.models.cognate.model import Cognate, Outputs
+from forge_jax.models.dense import fast_dense
 
 IGNORED = -100
 """the label of a token from which nothing is learned"""
@@ -47,38 +50,120 @@ def token_nll(
     labels: Int[Array, " tokens"],
     rows: int,
 ) -> tuple[Float[Array, " tokens"], Bool[Array, " tokens"]]:
-    """Cross-entropy of the tied head and whether the argmax is the label, `rows` tokens at a time.
+    """Cross-entropy of the tied head and whether no logit is above the label's, `rows` at a time.
 
-    No more than `rows` rows of logits exist at once, in the backward pass neither: there they are
-    computed again, unless all fit into one piece. At an ignored label the loss is 0 and the answer
-    not correct.
+    No more than `rows` rows of logits exist at once. At an ignored label the loss is 0 and the
+    answer not correct. To score; `weighted_nll` is to learn from.
     """
-    count = answers.shape[0]
-    if count <= rows:
-        return _token_nll(answers, embedding, labels)
+
+    def some(piece):
+        y, label = piece
+        logits = _logits(y, embedding)
+        nll, correct, *_ = _judge(logits, label)
+        return nll, correct
+
+    out = jax.lax.map(some, _pieces(rows, answers, labels))
+    return tuple(x.reshape(-1)[: len(labels)] for x in out)  # type: ignore[return-value]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_nll(
+    answers: Float[Array, "tokens d"],
+    embedding: Float[Array, "vocab d"],
+    labels: Int[Array, " tokens"],
+    weights: Float[Array, " tokens"],
+    rows: int,
+) -> tuple[Float[Array, ""], Float[Array, " tokens"], Bool[Array, " tokens"]]:
+    """The sum of weights x `token_nll`, and both that it returns, which have no gradient.
+
+    The gradients are made in the forward pass, while the logits are there, so that these are
+    computed once and no more than `rows` of them exist. Reverse mode only.
+    """
+    nll, correct = token_nll(answers, embedding, labels, rows)
+    return (weights * nll).sum(), nll, correct
+
+
+def _weighted_nll_fwd(answers, embedding, labels, weights, rows):
+    wide = embedding.astype(jnp.float32)
+
+    def some(total, piece):
+        y, label, weight = piece
+        logits = _logits(y, embedding)
+        nll, correct, exponentials, place = _judge(logits, label)
+        weight = jnp.where(label >= 0, weight, 0)
+        share = weight / exponentials.sum(axis=1)
+        change = (exponentials * share[:, None]).at[jnp.arange(len(y)), place].add(-weight)
+        return total + y.T.astype(jnp.float32) @ change, (nll, correct, change @ wide)
+
+    pieces = _pieces(rows, answers, labels, weights)
+    kernel, out = jax.lax.scan(some, jnp.zeros_like(wide.T), pieces)
+    nll, correct, back = (x.reshape(-1, *x.shape[2:])[: len(labels)] for x in out)
+    saved = back.astype(answers.dtype), kernel.T.astype(embedding.dtype), nll
+    return ((weights * nll).sum(), nll, correct), saved
+
+
+def _weighted_nll_bwd(rows, saved, cotangents):
+    del rows
+    answers, embedding, nll = (cotangents[0].astype(x.dtype) * x for x in saved)
+    return answers, embedding, None, nll
+
+
+weighted_nll.defvjp(_weighted_nll_fwd, _weighted_nll_bwd)
+
+
+def _pieces(rows: int, answers, labels, *others):
+    """Answers, labels and weights, `rows` at a time; nothing is asked where there was no token."""
+    count = len(labels)
+    rows = min(rows, count)
     short = -count % rows
-    answers = jnp.pad(answers, ((0, short), (0, 0))).reshape(-1, rows, answers.shape[1])
-    labels = jnp.pad(labels, (0, short), constant_values=IGNORED).reshape(-1, rows)
+    fills = (0, IGNORED, *[0] * len(others))
+    return tuple(
+        jnp.pad(x, ((0, short),) + ((0, 0),) * (x.ndim - 1), constant_values=fill).reshape(
+            -1, rows, *x.shape[1:]
+        )
+        for x, fill in zip((answers, labels, *others), fills, strict=True)
+    )
 
-    some = jax.checkpoint(_token_nll)
-    nll, correct = jax.lax.map(lambda piece: some(piece[0], embedding, piece[1]), (answers, labels))
-    return nll.reshape(-1)[:count], correct.reshape(-1)[:count]
+
+def _logits(answers, embedding):
+    return jnp.matmul(answers, embedding.T, preferred_element_type=jnp.float32)
 
 
-def _token_nll(answers, embedding, labels):
-    logits = jnp.matmul(answers, embedding.T, preferred_element_type=jnp.float32)
-    valid = labels >= 0
-    chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
-    nll = jnp.where(valid, jax.nn.logsumexp(logits, axis=1) - chosen, 0)
-    return nll, valid & (jnp.argmax(logits, axis=1) == labels)
+def _judge(logits, labels):
+    """Loss, whether it is right, the exponentials below the largest, and the label's place."""
+    place = jnp.maximum(labels, 0)
+    chosen = jnp.take_along_axis(logits, place[:, None], axis=1)[:, 0]
+    top = logits.max(axis=1)
+    exponentials = jnp.exp(logits - top[:, None])
+    nll = top + jnp.log(exponentials.sum(axis=1)) - chosen
+    # not argmax, which takes XLA's CPU backend longer than the softmax
+    return jnp.where(labels >= 0, nll, 0), (labels >= 0) & (chosen >= top), exponentials, place
 
 
 def answers_nll(answers: Float[Array, "answers batch time d"], embedding, labels, rows: int):
     """`token_nll` of several answers to the same labels, (answers, batch, time) each."""
     shape = answers.shape[:-1]
-    repeated = jnp.broadcast_to(labels, shape).reshape(-1)
-    nll, correct = token_nll(answers.reshape(-1, answers.shape[-1]), embedding, repeated, rows)
+    nll, correct = token_nll(*_flat(answers, embedding, labels), rows)
     return nll.reshape(shape), correct.reshape(shape)
+
+
+def answers_loss(
+    answers: Float[Array, "answers batch time d"],
+    embedding,
+    labels,
+    weights: Float[Array, "answers batch time"],
+    rows: int,
+):
+    """`weighted_nll` of several answers to the same labels."""
+    shape = answers.shape[:-1]
+    weights = jnp.broadcast_to(weights, shape).reshape(-1)
+    total, nll, correct = weighted_nll(*_flat(answers, embedding, labels), weights, rows)
+    return total, nll.reshape(shape), correct.reshape(shape)
+
+
+def _flat(answers, embedding, labels):
+    repeated = jnp.broadcast_to(labels, answers.shape[:-1]).reshape(-1)
+    return answers.reshape(-1, answers.shape[-1]), embedding, repeated
 
 
 def loss(
@@ -95,15 +180,16 @@ def loss(
 
     With `key` the model trains with dropout.
     """
-    outputs = model.apply(
-        {"params": params},
-        tokens,
-        segments,
-        None,
-        controls,
-        key is None,
-        rngs=None if key is None else {"dropout": key},
-    )
+    with nn.intercept_methods(fast_dense):
+        outputs = model.apply(
+            {"params": params},
+            tokens,
+            segments,
+            None,
+            controls,
+            key is None,
+            rngs=None if key is None else {"dropout": key},
+        )
     assert isinstance(outputs, Outputs)
     return loss_of(model.config, params, outputs, labels, controls)
 
@@ -129,27 +215,29 @@ def loss_of(
         """Over labelled tokens; leading axes stay."""
         return jnp.where(valid, x, 0).sum((-2, -1)) / jnp.maximum(count, 1)
 
-    logits = outputs.halt_logits
-    nll, correct = answers_nll(outputs.answers, embedding, labels, config.loss_rows)
-    by_answer = mean(nll)
-    ce = task_loss(config, by_answer)
-    halting = jnp.float32(0)
-    if config.is_reference:
-        # an integer: it has no gradient
-        probability = jax.nn.sigmoid(logits).mean(axis=2)
-        halted = (probability > controls.halt_threshold).at[-1].set(True)
-        steps = jnp.argmax(halted, axis=0) + 1
-        halting = config.halting_weight * steps.astype(jnp.float32).mean()
-    elif config.halting == "trm_bce":
-        halting = config.halting_weight * mean(bce_loss(logits, correct))
-    elif config.halting == "ponder":
-        ce = mean((jnp.exp(halting_logp(logits)) * nll).sum(axis=0))
-        halting = config.halting_weight * mean(ponder_divergence(logits, controls.ponder_prior))
+    logits, rows = outputs.halt_logits, config.loss_rows
+    asked = valid / jnp.maximum(count, 1)  # the weights of such a mean
+    kind = "reference" if config.is_reference else config.halting
+    if kind == "act":
+        shares, cost = act_weights(logits)
+        mixture = (shares[..., None].astype(outputs.answers.dtype) * outputs.answers).sum(0)
+        ce, *_ = answers_loss(mixture[None], embedding, labels, asked[None], rows)
+        nll, correct = answers_nll(outputs.answers, embedding, labels, rows)
+        halting = mean(cost)
     else:
-        weights, cost = act_weights(logits)
-        mixture = (weights[..., None].astype(outputs.answers.dtype) * outputs.answers).sum(0)
-        mixed, _ = answers_nll(mixture[None], embedding, labels, config.loss_rows)
-        ce, halting = mean(mixed)[0], config.halting_weight * mean(cost)
+        shares = answer_weights(config)[:, None, None]
+        if kind == "ponder":
+            shares = jnp.exp(halting_logp(logits))
+        ce, nll, correct = answers_loss(outputs.answers, embedding, labels, shares * asked, rows)
+        if kind == "ponder":
+            halting = mean(ponder_divergence(logits, controls.ponder_prior))
+        elif kind == "trm_bce":
+            halting = mean(bce_loss(logits, correct))
+        else:  # an integer: it has no gradient
+            probability = jax.nn.sigmoid(logits).mean(axis=2)
+            halted = (probability > controls.halt_threshold).at[-1].set(True)
+            halting = (jnp.argmax(halted, axis=0) + 1).astype(jnp.float32).mean()
+    halting = config.halting_weight * halting
     gate = -config.gate_entropy * outputs.features.entropy.mean()
     probability = jax.nn.sigmoid(logits)
     taken = realised_steps(logits, controls.halt_threshold).astype(jnp.float32)
@@ -168,17 +256,17 @@ def loss_of(
         "halt_prob_std": probability.std(),
         "surprise_rate": (measures.relative > controls.surprise_threshold).mean(),
         "memory_tokens": measures.held.mean(),
-        **{f"loss_step_{k}": x for k, x in enumerate(by_answer)},
+        **{f"loss_step_{k}": x for k, x in enumerate(mean(nll))},
     }
     return ce + halting + gate, metrics
 
 
-def task_loss(config: CognateConfig, by_answer: Float[Array, " answers"]):
-    """Weighted mean of the answers' losses, or the last one's."""
+def answer_weights(config: CognateConfig) -> Float[Array, " answers"]:
+    """How much each answer's loss counts; only the last one's without deep supervision."""
     if not config.deep_supervision:
-        return by_answer[-1]
+        return jnp.zeros(config.steps + 1).at[-1].set(1.0)
     weights = jnp.array(config.step_weights)
-    return (weights * by_answer).sum() / weights.sum()
+    return weights / weights.sum()
 
 
 class Thought(NamedTuple):
@@ -221,14 +309,11 @@ def step_loss(
         y, z = jax.lax.stop_gradient(thought)
     y, z = call("step", y, z, seen, call("answer_keys", y, turn), features.place, turn)
     embedding = params["backbone"]["token_emb"]["embedding"]
-    nll, correct = answers_nll(y[None], embedding, labels, config.loss_rows)
     valid = labels >= 0
-
-    def mean(x):
-        return jnp.where(valid, x, 0).sum() / jnp.maximum(valid.sum(), 1)
-
-    ce = mean(nll[0])
-    act = config.halting_weight * mean(bce_loss(call("halt_logits", z)[None], correct))
+    asked = valid / jnp.maximum(valid.sum(), 1)
+    ce, _, correct = answers_loss(y[None], embedding, labels, asked[None], config.loss_rows)
+    halting = bce_loss(call("halt_logits", z)[None], correct)
+    act = config.halting_weight * jnp.where(valid, asked * halting, 0).sum()
     gate = -config.gate_entropy * features.entropy.mean()
     metrics = {"loss_ce": ce, "loss_act": act, "loss_gate": gate}
     return ce + act + gate, (jax.lax.stop_gradient(Thought(y, z)), metrics)

@@ -17,7 +17,7 @@ from forge_jax.models.cognate.halting import (
     ponder_divergence,
     realised_steps,
 )
-from forge_jax.models.cognate.loss import token_nll
+from forge_jax.models.cognate.loss import token_nll, weighted_nll
 
 
 def draw(answers=4, tokens=6, scale=1.0) -> Any:
@@ -133,6 +133,15 @@ def test_cross_entropy_in_chunks(rows):
     # no full table of logits is ever there
     text = jax.jit(lambda y, e: token_nll(y, e, jnp.array(labels), rows)[0]).lower(y, e).as_text()
     assert ("tensor<10x7xf32>" in text) == (rows == 100)
-    for i in range(2):
-        got = jax.grad(lambda a, b: token_nll(a, b, jnp.array(labels), rows)[0].sum(), i)(y, e)
-        np.testing.assert_allclose(got, jax.grad(lambda *a: whole(*a).sum(), i)(y, e), atol=1e-5)
+    weights = jnp.asarray(rng.standard_normal(10), jnp.float32)
+
+    def ours(y, e, weights):
+        return 3 * weighted_nll(y, e, jnp.array(labels), weights, rows)[0]
+
+    def theirs(y, e, weights):
+        return 3 * (weights * whole(y, e)).sum()
+
+    compiled = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))
+    got, wanted = compiled(y, e, weights), jax.value_and_grad(theirs, (0, 1, 2))(y, e, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
+    assert ("tensor<10x7xf32>" in compiled.lower(y, e, weights).as_text()) == (rows == 100)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from forge_jax.models.cognate import Cognate, CognateConfig, Controls, init_carry, loss
-from forge_jax.models.cognate.loss import loss_of, task_loss
+from forge_jax.models.cognate.loss import loss_of
 
 torch = pytest.importorskip("torch")
 from experiments.bench import eager_cognate  # noqa: E402
@@ -61,34 +61,28 @@ def make_batch():
     return tokens, labels, rng.standard_normal(CONFIG.d_mem).astype(np.float32)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
-def run(params, tokens, labels, carry, threshold, shares):
-    """What the model gives, and the gradient of its losses' sum by `shares`.
+@functools.partial(jax.jit, static_argnames="config", compiler_options=QUICK)
+def run(config, params, tokens, labels, carry, threshold):
+    """What the model gives, and the gradient of its loss."""
 
-    The losses are those of the four answers and of the gate; the halting loss has no gradient.
-    """
+    def total(params):
+        outputs: Any = Cognate(config).apply({"params": params}, tokens, None, carry)
+        total, metrics = loss_of(config, params, outputs, labels, Controls(threshold))
+        logits = Cognate(config).apply({"params": params}, outputs.answers, method="logits")
+        return total, (outputs, total, metrics, logits)
 
-    def losses(params):
-        outputs: Any = Cognate(CONFIG).apply({"params": params}, tokens, None, carry)
-        total, metrics = loss_of(CONFIG, params, outputs, labels, Controls(threshold))
-        logits = Cognate(CONFIG).apply({"params": params}, outputs.answers, method="logits")
-        parts = [metrics[f"loss_step_{k}"] for k in range(4)]
-        return jnp.stack([*parts, metrics["loss_gate"]]), (outputs, total, metrics, logits)
-
-    _, back, out = jax.vjp(losses, params, has_aux=True)
-    return out, back(shares)[0]
+    grads, out = jax.grad(total, has_aux=True)(params)
+    return out, grads
 
 
-def run_model(threshold, deep, gate=1.0):
+def run_model(threshold, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
     params, (tokens, labels, memory) = draw_params(), make_batch()
     carry: Any = init_carry(dataclasses.replace(CONFIG, window=1), params, BATCH)
     # the public memory goes on from batch to batch: the rows continue a document
     state = carry.memory._replace(mean=jnp.broadcast_to(memory, (BATCH, CONFIG.d_mem)))
     carry = carry._replace(memory=state, last=jnp.zeros(BATCH, jnp.int32))
-    weights = np.array(CONFIG.step_weights if deep else (0, 0, 0, 1))
-    shares = np.append(weights / weights.sum(), gate).astype(np.float32)
-    arrays = jnp.array(tokens), jnp.array(labels)
-    return run(params, *arrays, carry, np.float32(threshold), shares)
+    return run(config, params, jnp.array(tokens), jnp.array(labels), carry, np.float32(threshold))
 
 
 @pytest.mark.parametrize(("deep", "threshold"), [(False, 0.95), (True, 0.5)])
@@ -98,7 +92,7 @@ def test_forward_and_gradients_are_the_public_models(deep, threshold):
     leaves, start = eager_cognate.tensors(draw_params(), config), memory.expand(BATCH, -1)
     wanted = eager_cognate.forward(leaves, tokens, labels, config, start, threshold)
     wanted.loss.backward()
-    (outputs, total, metrics, logits), grads = run_model(threshold, deep)
+    (outputs, total, metrics, logits), grads = run_model(threshold, deep_supervision=deep)
 
     def close(got, want):
         want = want.detach().numpy()
@@ -109,8 +103,6 @@ def test_forward_and_gradients_are_the_public_models(deep, threshold):
     close(outputs.carry.memory.mean, wanted.memory)
     by_answer = jnp.stack([metrics[f"loss_step_{k}"] for k in range(4)])
     close(by_answer, torch.stack(wanted.ces))
-    if not deep:
-        total = total + task_loss(config, by_answer) - task_loss(CONFIG, by_answer)
     close(total, wanted.loss)
     assert float(metrics["loss_act"]) == pytest.approx(0.01 * np.mean(wanted.steps))
     same_gradients(grads, leaves, config)
@@ -130,7 +122,7 @@ def same_gradients(grads, leaves, config):
 
 def test_the_defect_is_there_too():
     """Without deep supervision the public backbone learns from the gate's entropy alone."""
-    _, grads = run_model(0.5, deep=False, gate=0.0)
+    _, grads = run_model(0.5, deep_supervision=False, gate_entropy=0.0)
     for part in ("layers", "ltm", "mag_gate", "norm", "pos_emb"):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["backbone"][part]))
     assert np.any(grads["backbone"]["token_emb"]["embedding"])
