@@ -211,7 +211,9 @@ def write(run: runs.Run, args: Args, problem: Problem, stand: Stand) -> dict[str
     models = compare(run, args, problem, best)
     marks = np.linspace(0, args.training.steps - 1, 101).astype(int)
     shares = {n: [shares_at(problem, int(at), n) for at in marks] for n in args.names}
+    known = validation.unigram_entropy(problem.held)
     lead = f"{', '.join(args.names)}: {total:,} parameters each, {step} updates, data: {args.data}"
+    lead += f"; frequencies alone would give a loss of {known:.2f} nats"
     report.write(run.path, runs.rows(run.path), args.prefixes, shares, models, lead)
     runs.write_atomic(
         run.path / "wandb_config.yaml", metrics.dashboard(tuple(args.prefixes.values()))
@@ -222,6 +224,7 @@ def write(run: runs.Run, args: Args, problem: Problem, stand: Stand) -> dict[str
         "updates": step,
         "data": args.data,
         "examples": {name: len(found) for name, found in problem.train.items()},
+        "unigram_entropy": known,
         "validation_rows": len(problem.held.rows.tokens),
         "tokenizer_tokens": problem.tokenizer.get_vocab_size(),
         "seconds": runs.seconds(run),

@@ -99,8 +99,8 @@ def machine(results: Sequence[Mapping[str, Any]]) -> str:
         p = result["provenance"]
         versions = ", ".join(f"{name} {v}" for name, v in p["versions"].items())
         line = (
-            f"{p['cores']} cores, JAX on {p['device']} ({p['platform']}), {p['dtype']}, torch "
-            f"with {p['torch_threads']} threads, commit {p['commit']}; {versions}."
+            f"{p['cores']} cores of {p['processor']}, JAX on {p['device']} ({p['platform']}), "
+            f"{p['dtype']}, torch with {p['torch_threads']} threads, commit {p['commit']}; {versions}."
         )
         lines.setdefault(line, []).append(result["name"])
     return "\n\n".join(f"{', '.join(names)}: {line}" for line, names in lines.items())

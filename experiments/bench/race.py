@@ -9,6 +9,7 @@ spell of the machine falls on both sides. Compilation is timed apart, without th
 import dataclasses
 import functools
 import os
+import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -264,6 +265,14 @@ def installed(name: str) -> str | None:
         return None
 
 
+def processor() -> str:
+    """The name of the processor, by which the ratios differ; empty where it is not told."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def provenance(dtype: str) -> dict[str, Any]:
     """Say what ran, and on what."""
     names = ("jax", "jaxlib", "flax", "torch", "transformers", "pymoo", "numpy")
@@ -277,6 +286,7 @@ def provenance(dtype: str) -> dict[str, Any]:
         "versions": {name: v for name in names if (v := installed(name))},
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "torch_cuda": torch.cuda.is_available(),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from scipy import stats
 
 from experiments.data.corpora import CORPORA
 from experiments.data.cursor import Documents
@@ -49,6 +50,12 @@ def pack_held(documents: Mapping[str, Documents], length: int, pad: int, multipl
     short = -len(packed) % multiple
     empty = Rows(*(np.full((1, length), fill, np.int32) for fill in (pad, IGNORED, 0)))
     return Held(stack_rows([*packed, *[empty] * short]), categories + [""] * short)
+
+
+def unigram_entropy(held: Held) -> float:
+    """Loss, nats, of who knows how often each token is asked for in these rows and nothing else."""
+    labels = held.rows.labels
+    return float(stats.entropy(np.bincount(labels[labels >= 0])))
 
 
 def make_scorer(model: Cognate, compiler_options: Options = None) -> Callable[..., Scores]:

@@ -108,6 +108,7 @@ def test_a_run_leaves_plots_a_table_and_a_dashboard(unbroken):
     table = (unbroken / "comparison.md").read_text()
     assert "| reasoning | memory | speed |" in table
     summary = runs.read_json(unbroken / "summary.json")
+    assert 0 < summary["unigram_entropy"] < np.log(summary["tokenizer_tokens"])
     for name, model in summary["models"].items():
         assert f"{model['loss']:.4g}" in table
         assert 1 <= model["answers"] <= 2

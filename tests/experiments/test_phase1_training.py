@@ -14,7 +14,7 @@ from experiments import phase1
 from experiments.cognate.args import Args, defaults
 from experiments.cognate.problem import next_batch
 from experiments.cognate.training import State, gradient, keep_best, make_tx, schedule
-from experiments.cognate.validation import Held, Scores, summarize
+from experiments.cognate.validation import Held, Scores, summarize, unigram_entropy
 from experiments.data.packing import Rows
 from forge_jax.models.cognate import SPECIALIZATIONS, CognateConfig
 from tests.experiments.cognate_runs import SETTINGS, SHAPE, initial, make_args
@@ -141,3 +141,10 @@ def test_a_loss_that_is_no_number_ends_the_run_in_a_sentence():
     measured["loss_act"] = np.full(1, np.nan)
     with pytest.raises(ValueError, match="reasoning model is not finite at step 3: lower"):
         phase1.training_rows(args, problem, 3, measured, 1.0)
+
+
+def test_what_frequencies_alone_would_give():
+    labels = np.array([[3, 3, -100, 5], [5, 3, 3, -100]])
+    held = Held(Rows(labels, labels, labels), ["math", "math"])
+    p = np.array([4, 2]) / 6
+    assert unigram_entropy(held) == pytest.approx(-(p * np.log(p)).sum())
