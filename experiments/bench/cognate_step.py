@@ -4,11 +4,10 @@
 
 The model is the seed's, 26,974,561 parameters, with deep supervision; a step is the loss, its
 gradient, a clip and AdamW, MuGrok beside it. Ours computes the inside of layers and recursion steps
-again in the backward pass, which costs no time here and saves memory; the other setting keeps it.
-Peak memory is that of a process of its own that makes two steps.
+again in the backward pass, as by default; the other setting keeps it. Peak memory is that of a
+process of its own that makes two steps.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
@@ -74,28 +73,27 @@ def make_step(model: Cognate, tx: optax.GradientTransformation):
     return step
 
 
-def batch_of(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+def batch_of(shape: Shape, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Random tokens and their labels."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     tokens = rng.integers(shape.config.vocab_size, size=(shape.rows, shape.time), dtype=np.int32)
     return tokens, np.array(next_token_labels(jnp.asarray(tokens)))
 
 
-def start(config: CognateConfig) -> Any:
+def start(config: CognateConfig, seed: int = 0) -> Any:
     """Weights at their start."""
-    return jax.jit(Cognate(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    init = jax.jit(Cognate(config).init)
+    return init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
 
 
-def stepping(step: Callable, params: Any, state: Any, batch: Any) -> race.Contender:
+def stepping(program: race.Program, params: Any, state: Any, batch: Any) -> race.Contender:
     """A contender that goes on training from step to step; its answer is the first loss."""
     # copies: the step takes over what it is given
-    params, state = jax.tree.map(jnp.copy, (params, state))
-    program = race.compiled(step, params, state, *batch, donate=(0, 1))
-    held = race.size((params, state))
-    carry = [params, state]
+    carry = jax.tree.map(jnp.copy, [params, state])
+    held = race.size(carry)
 
     def run():
-        *carry[:], value = jax.block_until_ready(program.call(*carry, *batch))
+        carry[0], carry[1], value = jax.block_until_ready(program.call(*carry, *batch))
         return value
 
     first = np.asarray(run())
@@ -104,10 +102,16 @@ def stepping(step: Callable, params: Any, state: Any, batch: Any) -> race.Conten
     )
 
 
+def program_of(step: Callable, params: Any, state: Any, batch: Any) -> race.Program:
+    """The compiled step, which takes weights and state over."""
+    return race.compiled(step, params, state, *batch, donate=(0, 1))
+
+
 def ours(shape: Shape, name: str, params: Any) -> race.Contender:
     """One of our settings."""
     config, tx = variant(shape, name)
-    return stepping(make_step(Cognate(config), tx), params, tx.init(params), batch_of(shape))
+    given = params, tx.init(params), batch_of(shape)
+    return stepping(program_of(make_step(Cognate(config), tx), *given), *given)
 
 
 def eager(shape: Shape, params: Any) -> race.Contender:
@@ -134,12 +138,9 @@ def peak_gb(shape: Shape, name: str) -> float:
 
 def peaks(shape: Shape, names: tuple[str, ...]) -> dict[str, float]:
     """`peak_gb` of each, one process after another."""
-    found = {}
-    for name in names:
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            found[name] = pool.submit(peak_gb, shape, name).result()
-    return found
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, maxtasksperchild=1) as pool:
+        return {name: pool.apply(peak_gb, (shape, name)) for name in names}
 
 
 def compile_cpu_s(shape: Shape, layers: int) -> float:
@@ -147,19 +148,22 @@ def compile_cpu_s(shape: Shape, layers: int) -> float:
     config = dataclasses.replace(shape.config, layers=layers)
     config, tx = variant(shape._replace(config=config), OURS)
     params = jax.eval_shape(lambda: start(config))
-    given = params, jax.eval_shape(tx.init, params), *batch_of(shape)
-    return race.compiled(make_step(Cognate(config), tx), *given).compile_cpu_s
+    given = params, jax.eval_shape(tx.init, params), batch_of(shape)
+    return program_of(make_step(Cognate(config), tx), *given).compile_cpu_s
 
 
 def settings(shape: Shape) -> dict[str, Any]:
     """What the record says of a shape."""
-    named = {"rows": shape.rows, "time": shape.time}
-    kept = ("d_model", "layers", "vocab_size", "memory", "positions", "compat")
-    return {**named, **{n: getattr(shape.config, n) for n in kept}}
+    kept = ("d_model", "layers", "vocab_size", "memory", "positions", "remat")
+    named = {n: getattr(shape.config, n) for n in kept}
+    return {"rows": shape.rows, "time": shape.time, **named}
 
 
 def work(shape: Shape) -> race.Work:
-    """Products of one step, forward and twice backward, and AdamW's passes over the parameters."""
+    """Products with weights, forward and twice backward, and AdamW's passes over the parameters.
+
+    Not counted: attention's scores, and what is computed again.
+    """
     c = shape.config
     d, h = c.d_model, c.gate_hidden
     backbone = c.layers * (4 * d * d + 3 * d * c.d_ff) + 2 * d * c.d_mem + 3 * d * h
@@ -173,7 +177,7 @@ def work(shape: Shape) -> race.Work:
 
 
 def make(
-    shape: Shape, floor: float, memory: dict[str, float], limit_gb: float = float("inf")
+    shape: Shape, floor: float, memory: dict[str, float], limit_gb: float | None = None
 ) -> race.Race:
     """One step, ours in all settings against eager PyTorch's; `memory` is what `peaks` found."""
     few, many = (compile_cpu_s(shape, n) for n in (shape.config.layers, 2 * shape.config.layers))
@@ -182,7 +186,7 @@ def make(
         "compile, s": (entries[OURS].compile_s or 0.0, 30.0),
         "CPU time to compile, twice the layers / once": (many / few, 1.15),
     }
-    if limit_gb < float("inf"):
+    if limit_gb:
         bounds["peak of a process, GB"] = (memory[OURS], limit_gb)
     return race.Race(
         name=f"cognate_step_{shape.rows}x{shape.time}",
@@ -202,18 +206,24 @@ def make(
 def three(shape: Shape, count: int = 3) -> race.Race:
     """`count` models in one program against one after another; the floor is 3.3 times one."""
     config, tx = variant(shape, OURS)
-    params, batch = start(config), batch_of(shape)
     step = make_step(Cognate(config), tx)
-    several = jax.tree.map(lambda x: jnp.stack([x] * count), (params, tx.init(params), batch))
+
+    def given(seed):
+        params = start(config, seed)
+        return params, tx.init(params), batch_of(shape, seed)
+
+    each = [given(seed) for seed in range(count)]
+    several = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
     def at_once(over, *args):
-        return over(lambda _, *each: step(*each), None, *args)
+        return over(lambda _, *own: step(*own), None, *args)
 
     ways = {
-        name: stepping(functools.partial(at_once, over), several[0], several[1], several[2])
+        name: stepping(program_of(functools.partial(at_once, over), *several), *several)
         for name, over in WAYS.items()
     }
-    apart = after_another([stepping(step, params, tx.init(params), batch) for _ in range(count)])
+    single = program_of(step, *each[0])
+    apart = after_another([stepping(single, *own) for own in each])
     taken = race.interleaved({name: way.run for name, way in ways.items()}, 3)
     faster, slower = sorted(WAYS, key=lambda name: min(taken[name]))
     after = f"{OURS}, one after another"
@@ -237,7 +247,7 @@ def three(shape: Shape, count: int = 3) -> race.Race:
 def races(dtype: str) -> Iterator[race.Race]:
     """Both shapes, and three models at once with either memory."""
     del dtype  # float32 on both sides
-    for shape, floor, limit in ((SMALL, 1 / 0.6, float("inf")), (LARGE, 1 / 0.9, 3.0)):
+    for shape, floor, limit in ((SMALL, 1 / 0.6, None), (LARGE, 1 / 0.9, 3.0)):
         yield make(shape, floor, peaks(shape, (OURS, KEEPING, EAGER)), limit)
     yield three(SMALL)
     yield three(SMALL._replace(config=CognateConfig()))

@@ -20,14 +20,13 @@ Tensors = dict[str, Any]  # as the Flax tree, but the layers are a list
 
 
 class Result(NamedTuple):
-    """What the public forward returns."""
+    """What the forward pass returns."""
 
     logits: list[torch.Tensor]  # of every answer, (batch, time, vocab)
     latents: list[torch.Tensor]
     memory: torch.Tensor  # (batch, d_mem), after the last token
     ces: list[torch.Tensor]  # of every answer, nats
-    steps: list[int]  # of the public rule, per row
-    act: torch.Tensor
+    act: torch.Tensor  # the halting loss
     loss: torch.Tensor
 
 
@@ -52,14 +51,17 @@ def linear(x: torch.Tensor, p: Tensors) -> torch.Tensor:
 
 
 def rms(x: torch.Tensor, p: Tensors) -> torch.Tensor:
+    """RMSNorm."""
     return F.rms_norm(x, x.shape[-1:], p["scale"], 1e-6)
 
 
 def layer_norm(x: torch.Tensor, p: Tensors) -> torch.Tensor:
+    """LayerNorm."""
     return F.layer_norm(x, x.shape[-1:], p["scale"], p["bias"], 1e-5)
 
 
 def two_layers(x: torch.Tensor, p: Tensors) -> torch.Tensor:
+    """The recursion's MLPs."""
     return linear(torch.relu(linear(x, p["mlp_0"])), p["mlp_2"])
 
 
@@ -75,9 +77,9 @@ def attention(q, k, v, heads: int, mask: torch.Tensor | None) -> torch.Tensor:
 def cross(p: Tensors, x, seen, heads: int, mask: torch.Tensor | None) -> torch.Tensor:
     """The recursion's attention, its three projections in one matrix."""
     d = x.shape[-1]
-    w, b = p["in_proj"]["kernel"], p["in_proj"]["bias"]
-    q = x @ w[:, :d] + b[:d]
-    k, v = (seen @ w[:, d:] + b[d:]).chunk(2, dim=-1)
+    w, b = p["in_proj"]["kernel"].T, p["in_proj"]["bias"]
+    q = F.linear(x, w[:d], b[:d])
+    k, v = F.linear(seen, w[d:], b[d:]).chunk(2, dim=-1)
     return linear(attention(q, k, v, heads, mask), p["out_proj"])
 
 
@@ -103,7 +105,8 @@ def average(p: Tensors, y: torch.Tensor, state: torch.Tensor, config: CognateCon
 
 def features(p: Tensors, tokens: torch.Tensor, memory: torch.Tensor, config: CognateConfig):
     """The backbone's features, the gate's entropy and the memory's state."""
-    x = p["token_emb"]["embedding"][tokens] + p["pos_emb"]["embedding"][: tokens.shape[1]]
+    x = F.embedding(tokens, p["token_emb"]["embedding"])
+    x = x + p["pos_emb"]["embedding"][: tokens.shape[1]]
     mask, _ = windows(config, tokens.shape[1])
     for layer in p["layers"]:
         h, a = rms(x, layer["norm1"]), layer["attention"]
@@ -152,7 +155,7 @@ def forward(
     memory: torch.Tensor | None = None,
     threshold: float = 0.5,
 ) -> Result:
-    """Every number of the public forward; `labels` are next tokens already, -100 for none."""
+    """The whole forward pass; `labels` are next tokens already, -100 for none."""
     if memory is None:
         memory = torch.zeros(len(tokens), config.d_mem)
     seen, entropy, state = features(p["backbone"], tokens, memory, config)
@@ -160,28 +163,31 @@ def forward(
     logits = [y @ p["backbone"]["token_emb"]["embedding"].T for y in ys]
     ces = [F.cross_entropy(x.flatten(0, 1), labels.flatten()) for x in logits]
     halts = [linear(z, p["act_head"]["w_halt"])[..., 0] for z in zs]
-    rows = [torch.sigmoid(h).mean(1).tolist() for h in halts]
-    steps = [
-        next((k + 1 for k, h in enumerate(rows) if h[b] > threshold), len(rows))
-        for b in range(len(tokens))
-    ]
     if config.is_reference:
-        act = torch.tensor(config.halting_weight * sum(steps) / len(steps))
+        act = torch.tensor(steps_taken(halts, threshold)).mean()
     else:
-        act = config.halting_weight * halting(logits, halts, labels)
+        act = halting(logits, halts, labels)
+    act = config.halting_weight * act
     weights = config.step_weights
     ce = sum(w * x for w, x in zip(weights, ces, strict=True)) / sum(weights)
     loss = (ce if config.deep_supervision else ces[-1]) + act - config.gate_entropy * entropy
-    return Result(logits, zs, state, ces, steps, act, loss)
+    return Result(logits, zs, state, ces, act, loss)
+
+
+def steps_taken(halts: list[torch.Tensor], threshold: float) -> list[float]:
+    """Answers of every row until its mean probability is above the threshold: the public rule."""
+    rows = [torch.sigmoid(h).mean(1).tolist() for h in halts]
+    taken = [[k + 1.0 for k, h in enumerate(rows) if h[b] > threshold] for b in range(len(rows[0]))]
+    return [found[0] if found else float(len(rows)) for found in taken]
 
 
 def halting(logits, halts, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of "this answer is right" over labelled tokens, averaged over answers."""
-    asked = labels >= 0
-    losses = [
-        F.binary_cross_entropy_with_logits(h[asked], (x.argmax(-1) == labels)[asked].float())
-        for x, h in zip(logits, halts, strict=True)
-    ]
+    asked, places, losses = labels >= 0, labels.clamp(min=0)[..., None], []
+    for x, h in zip(logits, halts, strict=True):
+        with torch.no_grad():
+            right = x.gather(-1, places)[..., 0] >= x.amax(-1)
+        losses.append(F.binary_cross_entropy_with_logits(h[asked], right[asked].float()))
     return torch.stack(losses).mean()
 
 
@@ -192,7 +198,7 @@ def trainer(
     p = tensors(params, config)
     given = torch.tensor(tokens).long(), torch.tensor(labels).long()
     leaves = jax.tree.leaves(p)
-    tx = torch.optim.AdamW(leaves, lr=lr, weight_decay=0.01)
+    tx = torch.optim.AdamW(leaves, lr=lr, weight_decay=0.01, fused=True)
 
     def run() -> float:
         tx.zero_grad()

@@ -98,9 +98,11 @@ def machine(results: Sequence[Mapping[str, Any]]) -> str:
     for result in results:
         p = result["provenance"]
         versions = ", ".join(f"{name} {v}" for name, v in p["versions"].items())
+        processor = p.get("processor") or "a processor without a name"
         line = (
-            f"{p['cores']} cores of {p['processor']}, JAX on {p['device']} ({p['platform']}), "
-            f"{p['dtype']}, torch with {p['torch_threads']} threads, commit {p['commit']}; {versions}."
+            f"{p['cores']} cores of {processor}, JAX on {p['device']} ({p['platform']}), "
+            f"{p['dtype']}, torch with {p['torch_threads']} threads, commit {p['commit']}; "
+            f"{versions}."
         )
         lines.setdefault(line, []).append(result["name"])
     return "\n\n".join(f"{', '.join(names)}: {line}" for line, names in lines.items())

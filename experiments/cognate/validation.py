@@ -148,7 +148,8 @@ def make_stopper(
         found = infer(model, params, tokens, segments, None, controls)
         logp = jax.nn.log_softmax(found.logits)
         nll = -jnp.take_along_axis(logp, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-        return Stopped(found.answers, nll, found.logits.argmax(-1) == labels)
+        chosen = logp.max(-1) + nll  # 0 where no token is more probable
+        return Stopped(found.answers, nll, (labels >= 0) & (chosen <= 0))
 
     return stopped
 

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
+from scipy import stats
 
 Part = Literal["train", "held_out"]
 Rows = tuple[Int[np.ndarray, "rows time+1"], Bool[np.ndarray, "rows time"]]
@@ -52,8 +53,7 @@ def batches(
 def unigram_entropy(found: Batches, vocabulary: int) -> float:
     """Nats per unit of who knows only how often each scored target comes."""
     counts = np.bincount(found.tokens[..., 1:][found.scored], minlength=vocabulary)
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
+    return float(stats.entropy(counts))
 
 
 def markov(symbols: int = 16) -> Task:

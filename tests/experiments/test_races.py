@@ -156,6 +156,15 @@ def test_cognates_memory_is_judged_and_its_products_counted():
     assert flops / 6e6 == pytest.approx(67, rel=0.03)
 
 
+def test_both_sides_of_cognates_race_go_the_same_way():
+    names = (race.OURS, cognate_step.KEEPING, cognate_step.EAGER)
+    sides = [cognate_step.contender(COGNATE, name) for name in names]
+    ours, keeping, eager = ([float(side.run()) for _ in range(3)] for side in sides)
+    assert ours[2] < ours[0] - 1e-3
+    np.testing.assert_allclose(keeping, ours, rtol=1e-5)
+    np.testing.assert_allclose(eager, ours, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_peak_memory_is_that_of_another_process():
     found = cognate_step.peaks(COGNATE, (race.OURS,))

@@ -53,13 +53,11 @@ def token_nll(
     """Cross-entropy of the tied head and whether no logit is above the label's, `rows` at a time.
 
     No more than `rows` rows of logits exist at once. At an ignored label the loss is 0 and the
-    answer not correct. To score; `weighted_nll` is to learn from.
+    answer not correct. To score: `weighted_nll` is to learn from, this keeps every row for it.
     """
 
     def some(piece):
-        y, label = piece
-        logits = _logits(y, embedding)
-        nll, correct, *_ = _judge(logits, label)
+        nll, correct, *_ = _judge(piece[0], embedding, piece[1])
         return nll, correct
 
     out = jax.lax.map(some, _pieces(rows, answers, labels))
@@ -88,8 +86,7 @@ def _weighted_nll_fwd(answers, embedding, labels, weights, rows):
 
     def some(total, piece):
         y, label, weight = piece
-        logits = _logits(y, embedding)
-        nll, correct, exponentials, place = _judge(logits, label)
+        nll, correct, exponentials, place = _judge(y, embedding, label)
         weight = jnp.where(label >= 0, weight, 0)
         share = weight / exponentials.sum(axis=1)
         change = (exponentials * share[:, None]).at[jnp.arange(len(y)), place].add(-weight)
@@ -104,33 +101,29 @@ def _weighted_nll_fwd(answers, embedding, labels, weights, rows):
 
 def _weighted_nll_bwd(rows, saved, cotangents):
     del rows
-    answers, embedding, nll = (cotangents[0].astype(x.dtype) * x for x in saved)
+    answers, embedding, nll = ((cotangents[0] * x).astype(x.dtype) for x in saved)
     return answers, embedding, None, nll
 
 
 weighted_nll.defvjp(_weighted_nll_fwd, _weighted_nll_bwd)
 
 
-def _pieces(rows: int, answers, labels, *others):
-    """Answers, labels and weights, `rows` at a time; nothing is asked where there was no token."""
-    count = len(labels)
+def _pieces(rows: int, *arrays):
+    """Answers, labels, weights, `rows` at a time; of what is filled up nothing is asked."""
+    count = len(arrays[0])
     rows = min(rows, count)
-    short = -count % rows
-    fills = (0, IGNORED, *[0] * len(others))
-    return tuple(
-        jnp.pad(x, ((0, short),) + ((0, 0),) * (x.ndim - 1), constant_values=fill).reshape(
-            -1, rows, *x.shape[1:]
-        )
-        for x, fill in zip((answers, labels, *others), fills, strict=True)
-    )
+
+    def cut(x):
+        ends = ((0, -count % rows),) + ((0, 0),) * (x.ndim - 1)
+        fill = IGNORED if jnp.issubdtype(x.dtype, jnp.integer) else 0
+        return jnp.pad(x, ends, constant_values=fill).reshape(-1, rows, *x.shape[1:])
+
+    return tuple(map(cut, arrays))
 
 
-def _logits(answers, embedding):
-    return jnp.matmul(answers, embedding.T, preferred_element_type=jnp.float32)
-
-
-def _judge(logits, labels):
+def _judge(answers, embedding, labels):
     """Loss, whether it is right, the exponentials below the largest, and the label's place."""
+    logits = jnp.matmul(answers, embedding.T, preferred_element_type=jnp.float32)
     place = jnp.maximum(labels, 0)
     chosen = jnp.take_along_axis(logits, place[:, None], axis=1)[:, 0]
     top = logits.max(axis=1)
@@ -156,8 +149,8 @@ def answers_loss(
 ):
     """`weighted_nll` of several answers to the same labels."""
     shape = answers.shape[:-1]
-    weights = jnp.broadcast_to(weights, shape).reshape(-1)
-    total, nll, correct = weighted_nll(*_flat(answers, embedding, labels), weights, rows)
+    flat = _flat(answers, embedding, labels)
+    total, nll, correct = weighted_nll(*flat, weights.reshape(-1), rows)
     return total, nll.reshape(shape), correct.reshape(shape)
 
 
@@ -215,29 +208,20 @@ def loss_of(
         """Over labelled tokens; leading axes stay."""
         return jnp.where(valid, x, 0).sum((-2, -1)) / jnp.maximum(count, 1)
 
-    logits, rows = outputs.halt_logits, config.loss_rows
+    logits = outputs.halt_logits
     asked = valid / jnp.maximum(count, 1)  # the weights of such a mean
-    kind = "reference" if config.is_reference else config.halting
-    if kind == "act":
-        shares, cost = act_weights(logits)
-        mixture = (shares[..., None].astype(outputs.answers.dtype) * outputs.answers).sum(0)
-        ce, *_ = answers_loss(mixture[None], embedding, labels, asked[None], rows)
-        nll, correct = answers_nll(outputs.answers, embedding, labels, rows)
-        halting = mean(cost)
+    ce, nll, correct = _task_loss(config, outputs, embedding, labels, asked)
+    if config.is_reference:  # an integer: it has no gradient
+        probability = jax.nn.sigmoid(logits).mean(axis=2)
+        halted = (probability > controls.halt_threshold).at[-1].set(True)
+        cost = (jnp.argmax(halted, axis=0) + 1).astype(jnp.float32).mean()
+    elif config.halting == "trm_bce":
+        cost = mean(bce_loss(logits, correct))
+    elif config.halting == "ponder":
+        cost = mean(ponder_divergence(logits, controls.ponder_prior))
     else:
-        shares = answer_weights(config)[:, None, None]
-        if kind == "ponder":
-            shares = jnp.exp(halting_logp(logits))
-        ce, nll, correct = answers_loss(outputs.answers, embedding, labels, shares * asked, rows)
-        if kind == "ponder":
-            halting = mean(ponder_divergence(logits, controls.ponder_prior))
-        elif kind == "trm_bce":
-            halting = mean(bce_loss(logits, correct))
-        else:  # an integer: it has no gradient
-            probability = jax.nn.sigmoid(logits).mean(axis=2)
-            halted = (probability > controls.halt_threshold).at[-1].set(True)
-            halting = (jnp.argmax(halted, axis=0) + 1).astype(jnp.float32).mean()
-    halting = config.halting_weight * halting
+        cost = mean(act_weights(logits)[1])
+    halting = config.halting_weight * cost
     gate = -config.gate_entropy * outputs.features.entropy.mean()
     probability = jax.nn.sigmoid(logits)
     taken = realised_steps(logits, controls.halt_threshold).astype(jnp.float32)
@@ -259,6 +243,21 @@ def loss_of(
         **{f"loss_step_{k}": x for k, x in enumerate(mean(nll))},
     }
     return ce + halting + gate, metrics
+
+
+def _task_loss(config: CognateConfig, outputs: Outputs, embedding, labels, asked):
+    """Cross-entropy as the answers are weighed; per answer and token that, and if it is right."""
+    rows, kind = config.loss_rows, "reference" if config.is_reference else config.halting
+    if kind == "act":
+        shares = act_weights(outputs.halt_logits)[0][..., None].astype(outputs.answers.dtype)
+        mixture = (shares * outputs.answers).sum(0)
+        ce, *_ = answers_loss(mixture[None], embedding, labels, asked[None], rows)
+        shown = jax.lax.stop_gradient((outputs.answers, embedding))
+        return ce, *answers_nll(*shown, labels, rows)
+    shares = answer_weights(config)[:, None, None]
+    if kind == "ponder":
+        shares = jnp.exp(halting_logp(outputs.halt_logits))
+    return answers_loss(outputs.answers, embedding, labels, shares * asked, rows)
 
 
 def answer_weights(config: CognateConfig) -> Float[Array, " answers"]:
@@ -301,7 +300,8 @@ def step_loss(
         )
 
     def call(method, *args) -> Any:
-        return model.apply({"params": params}, *args, method=method)
+        with nn.intercept_methods(fast_dense):
+            return model.apply({"params": params}, *args, method=method)
 
     features, _ = call("features", tokens, segments, None, controls)
     y, z, seen, turn = call("begin", features.values, features.place.positions)
@@ -313,7 +313,7 @@ def step_loss(
     asked = valid / jnp.maximum(valid.sum(), 1)
     ce, _, correct = answers_loss(y[None], embedding, labels, asked[None], config.loss_rows)
     halting = bce_loss(call("halt_logits", z)[None], correct)
-    act = config.halting_weight * jnp.where(valid, asked * halting, 0).sum()
+    act = config.halting_weight * (asked * halting).sum()
     gate = -config.gate_entropy * features.entropy.mean()
     metrics = {"loss_ce": ce, "loss_act": act, "loss_gate": gate}
     return ce + act + gate, (jax.lax.stop_gradient(Thought(y, z)), metrics)

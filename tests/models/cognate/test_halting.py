@@ -145,3 +145,30 @@ def test_cross_entropy_in_chunks(rows):
     got, wanted = compiled(y, e, weights), jax.value_and_grad(theirs, (0, 1, 2))(y, e, weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
     assert ("tensor<10x7xf32>" in compiled.lower(y, e, weights).as_text()) == (rows == 100)
+
+
+def test_the_heads_gradient_of_models_side_by_side_in_short_numbers():
+    """Under `vmap`, with bfloat16 weights, and where one model has no label at all."""
+    rng = np.random.default_rng(3)
+    y = jnp.asarray(rng.standard_normal((2, 6, 5)), jnp.bfloat16)
+    e = jnp.asarray(rng.standard_normal((2, 7, 5)), jnp.bfloat16)
+    labels = jnp.asarray([rng.integers(0, 7, 6), [-100] * 6])
+    weights = jnp.asarray(rng.random((2, 6)), jnp.float32)
+
+    def ours(y, e, labels, weights):
+        return weighted_nll(y, e, labels, weights, 4)[0]
+
+    def theirs(y, e, labels, weights):
+        logp = jax.nn.log_softmax(y @ e.T)
+        picked = -jnp.take_along_axis(logp, jnp.maximum(labels, 0)[:, None], 1)[:, 0]
+        return jnp.where(labels >= 0, weights * picked, 0).sum()
+
+    got = jax.vmap(jax.grad(ours, (0, 1)))(y, e, labels, weights)
+    long = [x.astype(jnp.float32) for x in (y, e)]
+    wanted = jax.vmap(jax.grad(theirs, (0, 1)))(*long, labels, weights)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2e-2)
+        np.testing.assert_array_equal(a[1].astype(jnp.float32), 0)
+    tie = jnp.zeros((1, 5)), jnp.ones((7, 5)), jnp.array([3])
+    assert token_nll(*tie, 4)[1].all()  # no other is larger
