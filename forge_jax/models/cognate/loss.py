@@ -150,7 +150,8 @@ def answers_loss(
     """`weighted_nll` of several answers to the same labels."""
     shape = answers.shape[:-1]
     flat = _flat(answers, embedding, labels)
-    total, nll, correct = weighted_nll(*flat, weights.reshape(-1), rows)
+    found: Any = weighted_nll(*flat, weights.reshape(-1), rows)
+    total, nll, correct = found
     return total, nll.reshape(shape), correct.reshape(shape)
 
 
