@@ -44,25 +44,28 @@ def answers_at(tokens, places) -> Int[np.ndarray, "rows time"]:
     return labels
 
 
-def recall(distances: tuple[int, ...], pairs: int = 4, symbols: int = 8) -> Task:
-    """Pairs of key and value, filler, then the keys in another order: what was each one's value?
+def recall(
+    distances: tuple[int, ...], pairs: int = 4, symbols: int = 8, questions: int = 1
+) -> Task:
+    """Pairs of key and value, filler, then some of the keys again: what was each one's value?
 
     The distance is that between a key and its question, if both orders are the same; filler fills
-    what a shorter row leaves. Values are drawn one by one, so that none can be excluded.
+    what a shorter row leaves. Values are drawn one by one, so that none can be excluded. Of several
+    questions the later ones can be guessed at by striking out the values that went before.
     """
     if min(distances) < 2 * pairs:
         raise ValueError(f"A distance must be at least the {2 * pairs} tokens of all pairs.")
-    length = max(distances) + 2 * pairs
+    length = max(distances) + 2 * questions
 
     def draw(rng, rows):
         group = rng.choice(distances, rows)
         tokens = np.full((rows, length), FILLER, np.int32)
         keys = SYMBOLS + rng.permuted(np.tile(np.arange(symbols), (rows, 1)), axis=1)[:, :pairs]
         values = SYMBOLS + symbols + rng.integers(symbols, size=(rows, pairs))
-        order = rng.permuted(np.tile(np.arange(pairs), (rows, 1)), axis=1)
+        order = rng.permuted(np.tile(np.arange(pairs), (rows, 1)), axis=1)[:, :questions]
         index, steps = np.arange(rows)[:, None], 2 * np.arange(pairs)
         tokens[index, steps], tokens[index, steps + 1] = keys, values
-        places = group[:, None] + steps
+        places = group[:, None] + steps[:questions]
         tokens[index, places] = np.take_along_axis(keys, order, 1)
         tokens[index, places + 1] = np.take_along_axis(values, order, 1)
         return Puzzle(tokens, answers_at(tokens, places), group)
