@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments.evolution.tasks import Batches
 from forge_jax import arch
-from forge_jax.arch.build import parts_of
+from forge_jax.arch.stack import parts_of
 
 BINS = 15  # of confidence, equally wide
 WARM_UP = 10.0  # steps

@@ -8,7 +8,6 @@ picked are computed, and counted.
 from typing import NamedTuple
 
 from forge_jax.arch import quantize, sizes
-from forge_jax.arch.build import parts_of
 from forge_jax.arch.canonical import canonical
 from forge_jax.arch.ffn import GATED
 from forge_jax.arch.mixers import longconv, ssm
@@ -16,6 +15,7 @@ from forge_jax.arch.mixers.latent import latent_of
 from forge_jax.arch.mixing import SSM, Attention, Mixer, Retention, RouteUnit
 from forge_jax.arch.positions import BUCKETS
 from forge_jax.arch.schema import Arch, Spec
+from forge_jax.arch.stack import parts_of
 from forge_jax.arch.structure import DenseFFN, KVPolicy, Residual
 
 

@@ -165,7 +165,7 @@ def test_training_loops_noise_and_balance():
     (_, two), _ = f(params, jax.random.key(1))
     assert not np.allclose(one, two)
     assert float(loss) >= 2 * 0.5  # two loops of one layer, each at least the weight
-    assert np.abs(gradient["params"]["body"]["mix"]["router"]["kernel"]).max() > 0
+    assert np.abs(gradient["params"]["stack"]["body"]["mix"]["router"]["kernel"]).max() > 0
 
 
 def loops_up_to(count):
@@ -206,7 +206,7 @@ def test_a_schedule_decides_how_many_loops_are_taken_and_how_many_have_a_gradien
             return built.apply(p, tokens, train=True, rngs=rngs, step=step)[0][..., 0].sum()
 
         found = jitted(jax.grad(out))(params)["params"]
-        body = found["body"]["mix"]["mixer_0"]["v"]["kernel"]
+        body = found["stack"]["body"]["mix"]["mixer_0"]["v"]["kernel"]
         return np.abs(found["embed"]["embedding"]).max(), np.asarray(body)
 
     (two, both), (three, every) = gradient(2), gradient(3)
