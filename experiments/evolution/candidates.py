@@ -62,6 +62,9 @@ def adapted(spec: arch.Spec, task: tasks.Task, length: int) -> arch.Spec:
     """
     tree = arch.to_dict(spec)
     tree["train"] |= {"vocab_size": task.vocabulary, "ctx_len": length}
+    for module in tree["arch"].get("modules", {}).values():  # may name another vocabulary
+        module.pop("output_dim", None)
+        module.get("params", {}).pop("vocab_size", None)
     return arch.from_dict(tree)
 
 

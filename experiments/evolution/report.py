@@ -18,6 +18,7 @@ from experiments.evolution.search import of_search, variant
 from experiments.evolution.settings import births
 from forge_jax import arch, evolve
 from forge_jax.arch import sizes
+from forge_jax.arch.pipeline import steps_of
 from forge_jax.evolve.loop import pareto_ranks
 
 TIMINGS = ("tokens_per_sec", "tokens_per_cpu_sec", "compile_s", "seconds", "cpu_seconds")
@@ -33,15 +34,18 @@ def births_in(config: dict[str, Any], settings: evolve.Settings) -> int:
 
 def architecture(document: dict[str, Any]) -> dict[str, Any]:
     """What kind of network it is, in the toolkit's words."""
-    spec = arch.from_dict(document)
-    kinds = [m.kind for m in sizes.mixers(spec.arch.mix_unit)]
+    found = arch.from_dict(document).arch
+    steps = steps_of(found)
+    stacks = {step.module: step.arch for step in steps if step.code is None}
+    kinds = [m.kind for stack in stacks.values() for m in sizes.mixers(stack.mix_unit)]
+    modules = document["arch"].get("modules", {})
     return {
         "mixer_counts": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        "has_router": spec.arch.mix_unit.kind == "route",
-        "has_latent": False,
-        "pipeline_stages": 0,
+        "has_router": any(stack.mix_unit.kind == "route" for stack in stacks.values()),
+        "has_latent": any(step.code is not None for step in steps),
+        "pipeline_stages": len(found.pipeline or ()),
         "recurrence": document["arch"].get("recurrence"),
-        "module_recurrence": {},
+        "module_recurrence": {n: m["recurrence"] for n, m in modules.items() if "recurrence" in m},
     }
 
 

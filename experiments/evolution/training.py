@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments.evolution.tasks import Batches
 from forge_jax import arch
+from forge_jax.arch.pipeline import active
 from forge_jax.arch.stack import parts_of
 
 BINS = 15  # of confidence, equally wide
@@ -53,8 +54,10 @@ class Score(NamedTuple):
 
 def network_of(spec: arch.Spec) -> arch.Network:
     """The network of a document; a deep stack is a loop, so that one layer is compiled."""
-    parts = parts_of(arch.canonical(spec).arch, train=True)
-    return arch.build(spec, unroll=sum(layers * loops for _, layers, loops in parts) <= FLAT)
+    steps = [step for step in active(arch.canonical(spec).arch, train=True) if step.code is None]
+    parts = [(part, step.repeat) for step in steps for part in parts_of(step.arch, train=True)]
+    deep = sum(part.layers * part.loops * repeat for part, repeat in parts)
+    return arch.build(spec, unroll=deep <= FLAT)
 
 
 def rates_of(spec: arch.Spec, lr: float | None = None) -> Rates:

@@ -8,8 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from forge_jax.arch import sizes
 from forge_jax.arch.canonical import canonical
-from forge_jax.arch.knobs import arch_knobs
+from forge_jax.arch.knobs import network_knobs
+from forge_jax.arch.latents import LatentSampler
 from forge_jax.arch.layers import linear
+from forge_jax.arch.pipeline import EMBEDDING, Step, active, last_of
 from forge_jax.arch.schema import Arch, Spec
 from forge_jax.arch.stack import Stack, State, init_stack
 
@@ -19,7 +21,7 @@ DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.bfloat16}
 class Cache(NamedTuple):
     """What decoding keeps."""
 
-    stack: State
+    stages: dict[str, tuple[State, ...]]  # per stage one of each repetition
     index: Int[Array, ""]  # tokens read so far
 
 
@@ -39,11 +41,19 @@ def init_cache(spec: Spec, batch: int, length: int) -> Cache:
     """
     full = canonical(spec)
     arch, context = full.arch, full.train.ctx_len
-    if arch.kv_policy and arch.kv_policy.cache == "none":
-        raise ValueError("`spec` keeps no cache (arch.kv_policy.cache is none): read all at once.")
+    steps = [step for step in active(arch, train=False) if step.code is None]
+    if any(s.arch.kv_policy and s.arch.kv_policy.cache == "none" for s in steps):
+        raise ValueError("`spec` keeps no cache (its kv_policy.cache is none): read all at once.")
     if length > context:
         raise ValueError(f"`length` must be at most train.ctx_len {context}, got {length}.")
-    return Cache(init_stack(arch, batch, length, DTYPES[full.train.dtype]), jnp.int32(0))
+    dtype = DTYPES[full.train.dtype]
+    states = {s.name: (init_stack(s.arch, batch, length, dtype),) * s.repeat for s in steps}
+    return Cache(states, jnp.int32(0))
+
+
+def _mean(outs: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """The mean of what these stages gave; None of none."""
+    return sum(outs[name] for name in names) / len(names) if names else None
 
 
 class Network(nn.Module):
@@ -71,8 +81,9 @@ class Network(nn.Module):
         """Logits, and the cache with these tokens in it.
 
         `knobs` replaces the document's scalars (`knobs(spec)` gives them); `train` takes the
-        training loops, as many as their schedule draws, and adds the recurrence's noise: for both
-        `rngs={"noise": key}` is needed; `step` counts training steps.
+        training loops, as many as their schedule draws, adds the recurrence's noise and infers
+        latents: for these `rngs={"noise": key}` is needed; `step` counts training steps. In use
+        latents are drawn by `rngs={"latent": key}`, always the same ones without.
 
         Raises:
           ValueError: there are more tokens than the context holds.
@@ -80,13 +91,33 @@ class Network(nn.Module):
         arch, dtype, time = self.arch, DTYPES[self.precision], tokens.shape[1]
         if time > self.context:
             raise ValueError(f"Wanted at most train.ctx_len {self.context} tokens, got {time}.")
-        knobs = arch_knobs(arch) if knobs is None else knobs
+        knobs = network_knobs(arch) if knobs is None else knobs
         at = jnp.arange(time) + (0 if cache is None else cache.index)
         x = nn.Embed(self.vocabulary, arch.d_model, dtype=dtype, name="embed")(tokens)
-        stack = Stack(arch, self.context, dtype, self.unroll, name="stack")
-        state = None if cache is None else cache.stack
-        x, state = stack(x, at, knobs, state, train=train, step=step)
-        logits = linear("head", self.vocabulary, dtype)(x).astype(jnp.float32)
-        if cache is None or state is None:
-            return logits, None
-        return logits, Cache(state, cache.index + time)
+        outs, kept = {EMBEDDING: x}, {}
+        # what infers latents has parameters too, though it runs in training only
+        inferring = train or self.is_initializing()
+        modules = {s.module: self.module(s) for s in active(arch, inferring)}
+        for s in active(arch, inferring):
+            module, x = modules[s.module], _mean(outs, s.inputs if inferring or not s.code else ())
+            if isinstance(module, LatentSampler):
+                outs[s.name] = module(x, tokens.shape[0], at)
+                continue
+            sources = {"kv": _mean(outs, s.kv_from), "mem": _mean(outs, s.mem_from)}
+            sources |= {} if s.causal else {"ahead": jnp.bool_(True)}
+            states = []
+            for state in (None,) * s.repeat if cache is None else cache.stages[s.name]:
+                given = {"sources": sources, "train": train, "step": step}
+                x, state = module(x, at, knobs[s.module], state, **given)
+                states.append(state)
+            outs[s.name], kept[s.name] = x, tuple(states)
+        head = linear("head", self.vocabulary, dtype)
+        logits = head(_mean(outs, last_of(arch))).astype(jnp.float32)
+        return logits, None if cache is None else Cache(kept, cache.index + time)
+
+    def module(self, step: Step) -> Stack | LatentSampler:
+        """The module of a step; stages that share it share its parameters."""
+        arch, dtype = step.arch, DTYPES[self.precision]
+        if step.code is None:
+            return Stack(arch, self.context, dtype, self.unroll, name=step.module)
+        return LatentSampler(step.code, arch.d_model, arch.norm, dtype, name=step.module)

@@ -9,6 +9,7 @@ from forge_jax.arch import sizes
 from forge_jax.arch.loops import most_loops
 from forge_jax.arch.mixing import Attention, LongConv, Mixer, Retention, RouteUnit
 from forge_jax.arch.parse import from_dict
+from forge_jax.arch.pipeline import EMBEDDING, Step, last_of, steps_of
 from forge_jax.arch.schema import Arch, Spec
 from forge_jax.arch.structure import DepthRouter, LatentUpdate, Loops, Residual, Schedule
 
@@ -27,26 +28,70 @@ def canonical(spec: Spec) -> Spec:
 # a search asks for the same documents again and again; documents are immutable
 @functools.lru_cache(maxsize=4096)
 def _canonical(spec: Spec) -> Spec:
-    arch = spec.arch
+    tree = _network(spec.arch, spec.train.ctx_len)
+    train = spec.train.model_dump(mode="json", exclude_none=True)
+    train["vocab_size"] = sizes.vocabulary_of(spec)
+    train["dtype"] = "bf16" if spec.train.dtype == "fp16" else spec.train.dtype
+    budget = spec.budget.model_dump(mode="json", exclude_none=True) if spec.budget else None
+    return from_dict({"arch": tree, "train": train} | ({"budget": budget} if budget else {}))
+
+
+def _stack(arch: Arch, context: int) -> Tree:
     out: Tree = {
         "d_model": arch.d_model,
         "n_layers": arch.n_layers,
-        "mix_unit": _unit(arch, spec.train.ctx_len),
+        "mix_unit": _unit(arch, context),
         "ffn": arch.ffn.model_dump(mode="json", exclude_none=True),
         "norm": arch.norm,
         "pos": _positions(arch),
-        "kv_policy": _policy(arch, spec.train.ctx_len),
+        "kv_policy": _policy(arch, context),
         "residual": _residual(arch.residual, arch.n_layers),
         "recurrence": _recurrence(arch),
         "depth_router": _depth(arch.depth_router, arch.n_layers),
     }
     out["ffn"]["mult"] = sizes.hidden_of(arch.ffn, arch.d_model) / arch.d_model
-    train = spec.train.model_dump(mode="json", exclude_none=True)
-    train["vocab_size"] = sizes.vocabulary_of(spec)
-    train["dtype"] = "bf16" if spec.train.dtype == "fp16" else spec.train.dtype
-    budget = spec.budget.model_dump(mode="json", exclude_none=True) if spec.budget else None
-    kept = {k: v for k, v in out.items() if v is not None}
-    return from_dict({"arch": kept, "train": train} | ({"budget": budget} if budget else {}))
+    return {k: v for k, v in out.items() if v is not None}
+
+
+NEEDED = ("d_model", "n_layers", "mix_unit", "ffn", "norm", "pos")
+
+
+def _network(arch: Arch, context: int) -> Tree:
+    """One stack, or a pipeline with names in its order: names mean nothing."""
+    steps, plain = steps_of(arch), Step("", "", arch)
+    if len(steps) == 1 and steps[0]._replace(name="", module="", arch=arch) == plain:
+        return _stack(steps[0].arch, context)
+    modules, names, stages = {}, {EMBEDDING: EMBEDDING}, []
+    known: dict[str, str] = {}  # module of the document -> its new name
+    for step in steps:
+        name = known.setdefault(step.module, f"module_{len(known)}")
+        names[step.name] = f"stage_{len(names) - 1}"
+        modules[name] = _module(step, context)
+        stage: Tree = {"name": names[step.name], "module": name}
+        for field in ("inputs", "kv_from", "mem_from"):
+            if read := getattr(step, field):
+                stage[field] = sorted(names[other] for other in read)
+        stages.append(stage | ({"repeat": step.repeat} if step.repeat > 1 else {}))
+    first = next(modules[s["module"]] for s in stages if "mix_unit" in modules[s["module"]])
+    ends = [names[name] for name in last_of(arch)]
+    readout: Tree = {"name": "readout", "kind": "readout", "inputs": sorted(ends)}
+    return {
+        **{name: first[name] for name in NEEDED},
+        "modules": modules,
+        "pipeline": [{"name": EMBEDDING, "kind": EMBEDDING}, *stages, readout],
+    }
+
+
+def _module(step: Step, context: int) -> Tree:
+    if step.code is None:
+        tree = _stack(step.arch, context)
+        return tree if step.causal else tree | {"params": {"causal": False}}
+    bits, dim, kappa = step.code
+    cond: Tree = {"source": {"kind": "pool-mlp", "H": bits}}
+    if kappa:
+        cond["reg"] = {"kind": "freebits", "kappa": kappa}
+    wide = {} if dim == step.arch.d_model else {"params": {"latent_dim": dim}}
+    return {"kind": "latent_sampler", "norm": step.arch.norm, "cond": cond} | wide
 
 
 def fingerprint(spec: Spec) -> str:
@@ -61,10 +106,14 @@ def fingerprint(spec: Spec) -> str:
         "vocab_size": full.train.vocab_size,
         "dtype": full.train.dtype,
     }
-    scaling = full.arch.pos.rope.scaling if full.arch.pos.rope else None
-    if full.arch.pos.kind == "learned" or (scaling and scaling.type == "yarn"):
+    if any(_reads_context(step.arch) for step in steps_of(full.arch) if step.code is None):
         payload["ctx_len"] = full.train.ctx_len
     return hashlib.sha256(_json(payload).encode()).hexdigest()[:16]
+
+
+def _reads_context(arch: Arch) -> bool:
+    scaling = arch.pos.rope.scaling if arch.pos.rope else None
+    return arch.pos.kind == "learned" or bool(scaling and scaling.type == "yarn")
 
 
 def _json(tree: Any) -> str:

@@ -13,6 +13,7 @@ from forge_jax.arch.ffn import GATED
 from forge_jax.arch.mixers import longconv, ssm
 from forge_jax.arch.mixers.latent import latent_of
 from forge_jax.arch.mixing import SSM, Attention, Mixer, Retention, RouteUnit
+from forge_jax.arch.pipeline import Step, active
 from forge_jax.arch.positions import BUCKETS
 from forge_jax.arch.schema import Arch, Spec
 from forge_jax.arch.stack import parts_of
@@ -49,37 +50,71 @@ def cost(spec: Spec, time: int | None = None) -> Cost:
     unrolled, one chunk).
     """
     full = canonical(spec)
-    arch, vocabulary = full.arch, sizes.vocabulary_of(full)
-    time = time or full.train.ctx_len
-    block = _block(arch, time)
-    ends = _linear(arch.d_model, vocabulary, time) + _Part(vocabulary * arch.d_model)
-    residual = arch.residual or Residual()
+    arch, vocabulary, context = full.arch, sizes.vocabulary_of(full), full.train.ctx_len
+    time, d = time or context, arch.d_model
+    ends = _linear(d, vocabulary, time) + _Part(vocabulary * d)
+    width = 4 if full.train.dtype == "fp32" else 2
+    modules: dict[str, float] = {}  # stages share the parameters of their module
+    used, use, train, kv, kept = active(arch, train=False), ends.flops, ends.flops, 0.0, 0.0
+    for step in active(arch, train=True):
+        params, flops, training = _step(step, context, time)
+        modules[step.module] = params
+        train += step.repeat * training
+        if step in used:
+            use += step.repeat * flops
+            each, most = _cache(step.arch, time, width) if step.code is None else (0.0, 0.0)
+            kv, kept = kv + step.repeat * each, kept + step.repeat * most
+    params = int(ends.params + sum(modules.values()))
+    return Cost(params, use, 3 * train, kv if kept else 0.0, kept)
+
+
+def _step(step: Step, context: int, time: int) -> tuple[float, float, float]:
+    """Parameters of a step, and FLOPs of one row: in use, and forward in training."""
+    arch, reads = step.arch, max(0, len(step.read) - 1) * time * step.arch.d_model
+    if step.code is None:
+        params, flops, training = _stack(arch, context, time, bool(step.mem_from))
+        return params, flops + reads, training + reads
+    bits, dim, _ = step.code
+    out = _linear(dim, arch.d_model, time) if dim != arch.d_model else _Part()
+    bitwise = _linear(arch.d_model, bits, time) + _norm(arch, time)
+    every = 2 * time * 2**bits * (2 * bits + dim)
+    table = 2**bits * dim
+    return table + out.params + bitwise.params, out.flops, out.flops + bitwise.flops + every + reads
+
+
+def _stack(arch: Arch, context: int, time: int, memory: bool) -> tuple[float, float, float]:
+    """The same of a stack."""
+    d, residual = arch.d_model, arch.residual or Residual()
+    block, ends, adapter = _block(arch, time), _Part(), _Part()
+    if memory:
+        each = _linear(d, d, time) + _Part(0, time * d)
+        block += each.times(len(sizes.mixers(arch.mix_unit)))
     if residual.kind != "deepnet":
         ends += _norm(arch, time)
     if arch.pos.kind == "learned":
-        ends += _Part(full.train.ctx_len * arch.d_model)
-    adapter = _Part()
+        ends += _Part(context * d)
     if arch.recurrence and arch.recurrence.adapter == "concat_linear":
-        adapter = _linear(2 * arch.d_model, arch.d_model, time)
-        adapter = adapter.times(2 if residual.kind == "dual" else 1)
-        ends += _Part(2 * arch.d_model**2)
+        adapter = _linear(2 * d, d, time).times(2 if residual.kind == "dual" else 1)
+        ends += _Part(2 * d**2)
     flops = []
     for train in (False, True):
         parts = parts_of(arch, train)
-        again = sum(loops - 1 for _, _, loops in parts)
-        layers = sum(layers * loops for _, layers, loops in parts)
+        again = sum(part.loops - 1 for part in parts)
+        layers = sum(part.layers * part.loops for part in parts)
         flops.append(ends.flops + block.flops * layers + adapter.flops * again)
-    layers = sum(layers * loops for _, layers, loops in parts_of(arch, train=False))
-    width = 4 if full.train.dtype == "fp32" else 2
+    return ends.params + block.params * arch.n_layers, *flops
+
+
+def _cache(arch: Arch, time: int, width: int) -> tuple[float, float]:
+    """Bytes that a token adds to a stack's cache, and that it holds after `time` tokens."""
+    layers = sum(part.layers * part.loops for part in parts_of(arch, train=False))
     kv = layers * sum(_kv(m, arch, width) for m in sizes.mixers(arch.mix_unit))
     state = layers * sum(_state(m, arch, width) for m in sizes.mixers(arch.mix_unit))
     policy = arch.kv_policy or KVPolicy()
     slots = min(time, policy.window or time)
     if policy.latent and policy.latent.update:
         slots = -(-time // policy.latent.update.freq) * policy.latent.update.freq
-    kept = 0.0 if policy.cache == "none" else kv * slots + state
-    params = ends.params + block.params * arch.n_layers
-    return Cost(int(params), flops[0], 3 * flops[1], kv if kept else 0.0, kept)
+    return (0.0, 0.0) if policy.cache == "none" else (kv, kv * slots + state)
 
 
 def over_budget(

@@ -6,6 +6,7 @@ from typing import Any
 from forge_jax.arch import sizes
 from forge_jax.arch.canonical import canonical
 from forge_jax.arch.mixing import Attention, Mixer, RouteUnit
+from forge_jax.arch.pipeline import steps_of
 from forge_jax.arch.schema import Arch, Spec
 
 STENCIL = ("window", "stride", "dilation", "globals")
@@ -13,11 +14,17 @@ STENCIL = ("window", "stride", "dilation", "globals")
 
 def knobs(spec: Spec) -> dict[str, Any]:
     """The scalars of a network, as `Network` takes them: a pytree of Python numbers."""
-    return arch_knobs(canonical(spec).arch)
+    return network_knobs(canonical(spec).arch)
+
+
+def network_knobs(arch: Arch) -> dict[str, Any]:
+    """The same of an architecture that is canonical, by module."""
+    steps = [step for step in steps_of(arch) if step.code is None]
+    return {step.module: arch_knobs(step.arch) for step in steps}
 
 
 def arch_knobs(arch: Arch) -> dict[str, Any]:
-    """The same of an architecture that is canonical."""
+    """The scalars of one stack."""
     unit, residual, recurrence = arch.mix_unit, arch.residual, arch.recurrence
     out: dict[str, Any] = {"mixers": tuple(_mixer(m, arch) for m in sizes.mixers(unit))}
     if isinstance(unit, RouteUnit):
@@ -60,6 +67,15 @@ def compile_key(spec: Spec, length: int = 0) -> str:
     """
     full = canonical(spec)
     tree = full.arch.model_dump(mode="json", exclude_none=True)
+    stacks = [tree, *(m for m in tree.get("modules", {}).values() if "mix_unit" in m)]
+    for stack in stacks:
+        _blank_stack(stack, length)
+    sizes_ = (full.train.ctx_len, full.train.vocab_size, full.train.dtype)
+    return json.dumps([tree, sizes_], sort_keys=True)
+
+
+def _blank_stack(tree: dict[str, Any], length: int) -> None:
+    """Write "traced" over the scalars of a stack."""
     for mixer in tree["mix_unit"].get("choices", [tree["mix_unit"].get("mixer")]):
         _blank(mixer.get("stencil", {}), *STENCIL)
         _blank(mixer.get("softmax", {}), "softcap", "qk_scale")
@@ -74,11 +90,9 @@ def compile_key(spec: Spec, length: int = 0) -> str:
     _blank(tree["pos"].get("rope", {}), "theta")
     _blank(tree["pos"].get("rope", {}).get("scaling", {}), "factor")
     _blank((tree.get("kv_policy", {}).get("latent") or {}).get("update", {}), "tau")
-    policy = full.arch.kv_policy
-    if policy and policy.window and policy.window >= length:
-        _blank(tree["kv_policy"], "window")
-    sizes_ = (full.train.ctx_len, full.train.vocab_size, full.train.dtype)
-    return json.dumps([tree, sizes_], sort_keys=True)
+    policy = tree.get("kv_policy", {})
+    if policy.get("window", 0) >= length:
+        _blank(policy, "window")
 
 
 def _blank(tree: dict[str, Any], *names: str) -> None:

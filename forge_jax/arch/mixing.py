@@ -28,6 +28,12 @@ class Node(BaseModel):
 
     model_config = NODE
 
+    def __hash__(self) -> int:
+        """As pydantic's of a frozen model, and of mappings too."""
+        values = self.__dict__.values()
+        items = (frozenset(v.items()) if isinstance(v, dict) else v for v in values)
+        return hash((type(self), *items))
+
 
 class Stencil(Node):
     """Which earlier tokens a token sees; every pattern is causal (`stencils.visible`)."""

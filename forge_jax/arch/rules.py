@@ -3,9 +3,9 @@
 `problems` stand in the way of a build, `notes` tell of fields that have no effect or are cut.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from forge_jax.arch import sizes
+from forge_jax.arch import graph, sizes
 from forge_jax.arch.mixing import (
     SSM,
     Attention,
@@ -17,6 +17,7 @@ from forge_jax.arch.mixing import (
     SingleUnit,
     Stencil,
 )
+from forge_jax.arch.pipeline import module_arch
 from forge_jax.arch.schema import Arch, Spec
 from forge_jax.arch.structure import MoEFFN, Schedule
 
@@ -47,12 +48,27 @@ def placed_mixers(arch: Arch) -> Iterator[tuple[Path, Mixer]]:
 
 def problems(spec: Spec) -> list[Finding]:
     """Why the document cannot be built."""
-    arch = spec.arch
-    found = [*_unbuilt(spec)]
+    if spec.arch.pipeline is None:
+        return [*_stack(spec.arch), *_train(spec)]
+    return [*graph.problems(spec), *_each_module(spec.arch, _stack), *_train(spec)]
+
+
+def _each_module(arch: Arch, check: Callable[[Arch], Iterable[Finding]]) -> Iterator[Finding]:
+    """A check of stacks on those of a pipeline; what is not a module's own stands in `arch`."""
+    for name, module in (arch.modules or {}).items():
+        if module.kind != "transformer":
+            continue
+        for path, sentence in check(module_arch(arch, module)):
+            own = getattr(module, str(path[1]), None) is not None
+            yield ("arch", "modules", name, *path[1:]) if own else path, sentence
+
+
+def _stack(arch: Arch) -> Iterator[Finding]:
+    yield from _unbuilt(arch)
     for path, mixer in placed_mixers(arch):
-        found += _mixer(path, mixer, arch)
-    found += [*_unit(arch), *_positions(arch), *_cache(arch), *_around(arch), *_train(spec)]
-    return found
+        yield from _mixer(path, mixer, arch)
+    for check in (_unit, _positions, _cache, _around):
+        yield from check(arch)
 
 
 def _mixer(path: Path, mixer: Mixer, arch: Arch) -> Iterator[Finding]:
@@ -184,11 +200,10 @@ def _train(spec: Spec) -> Iterator[Finding]:
             yield ("train", "betas", i), f"must lie in [0, 1), got {beta}"
 
 
-def _unbuilt(spec: Spec) -> Iterator[Finding]:
+def _unbuilt(arch: Arch) -> Iterator[Finding]:
     """Fields of the language that no code builds: refused, never passed over."""
-    arch = spec.arch
     never = "is not supported"
-    for name in ("cond", "hierarchy", "modules", "pipeline"):
+    for name in ("cond", "hierarchy"):
         if getattr(arch, name) is not None:
             yield ("arch", name), never
     if arch.depth_router and arch.depth_router.kind == "layer":
@@ -200,7 +215,7 @@ def _unbuilt(spec: Spec) -> Iterator[Finding]:
         if not isinstance(mixer, Attention):
             continue
         if mixer.stencil and mixer.stencil.kind == "cross":
-            yield (*path, "stencil", "kind"), f"cross {never}"
+            yield (*path, "stencil", "kind"), f"cross {never}: write kv_from in a stage"
         if mixer.projection and mixer.projection.type == "low_rank":
             reason = f"low_rank {never}: it reads the whole length, the future with it"
             yield (*path, "projection", "type"), reason
@@ -211,7 +226,10 @@ def _unbuilt(spec: Spec) -> Iterator[Finding]:
 
 def notes(spec: Spec) -> list[Finding]:
     """What the document says without effect, or beyond a limit to which it is cut."""
-    return [*_idle(spec.arch)]
+    found = [*graph.notes(spec.arch)]
+    if spec.arch.pipeline is None:
+        return [*found, *_idle(spec.arch)]
+    return [*found, *_each_module(spec.arch, _idle)]
 
 
 def _idle(arch: Arch) -> Iterator[Finding]:

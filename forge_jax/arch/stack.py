@@ -78,14 +78,18 @@ class Stack(nn.Module):
         knobs: dict[str, Any],
         state: State | None = None,
         *,
+        sources: dict[str, Any] | None = None,
         train: bool = False,
         step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "batch time width"], State | None]:
-        """The tokens at positions `at` after all layers, and the state with them in it."""
+        """The tokens at positions `at` after all layers, and the state with them in it.
+
+        `sources` are fields of the frame: what other stages hand in.
+        """
         arch = self.arch
         if arch.pos.kind == "learned":
             x = x + nn.Embed(self.context, arch.d_model, dtype=self.dtype, name="places")(at)
-        frame = Frame(at, self.turns(at, knobs), knobs, step)
+        frame = Frame(at, self.turns(at, knobs), knobs, step, **sources or {})
         dual = arch.residual is not None and arch.residual.kind == "dual"
         stream, kept = (x, x) if dual else (x,), {}
         adapter, first = self.adapter(), 0

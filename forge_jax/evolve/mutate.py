@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from forge_jax import arch
 from forge_jax.evolve.operators import EDITS
-from forge_jax.evolve.tree import Edit, difference, grown, tree_of
+from forge_jax.evolve.rewiring import REWIRINGS
+from forge_jax.evolve.tree import Edit, difference, grown, part_of, tree_of
 
 TRIES = 200
 
@@ -34,7 +35,15 @@ def apply(edit: Edit, spec: arch.Spec, rng: random.Random) -> arch.Spec | None:
 
 Operator = Callable[[arch.Spec, random.Random], arch.Spec | None]
 """A pure function of a document and the state of a generator."""
-OPERATORS: dict[str, Operator] = {name: partial(apply, edit) for name, edit in EDITS.items()}
+
+
+def of_a_stack(edit: Edit) -> Edit:
+    """The edit on an architecture's stack, or on one of its pipeline's."""
+    return lambda tree, rng: edit(part_of(tree, rng), rng)
+
+
+ALL = {name: of_a_stack(edit) for name, edit in EDITS.items()} | REWIRINGS
+OPERATORS: dict[str, Operator] = {name: partial(apply, edit) for name, edit in ALL.items()}
 
 
 def mutate(
@@ -89,18 +98,20 @@ def crossover(
 ) -> Child | None:
     """Each gene from either parent; None where no mixture is valid and unlike both.
 
+    Of a pipeline one of the stacks crosses over.
     What is not architecture (training, budgets) is the first parent's.
     """
     first, second = tree_of(one), tree_of(two)
     avoided = {arch.fingerprint(one), arch.fingerprint(two), *known}
     for _ in range(2 * len(GENES)):
         tree = copy.deepcopy(first)
+        ours, theirs = part_of(tree["arch"], rng), part_of(second["arch"], rng)
         for gene in GENES:
             if rng.random() < 0.5:
                 for name in gene:
-                    tree["arch"].pop(name, None)
-                    if name in second["arch"]:
-                        tree["arch"][name] = copy.deepcopy(second["arch"][name])
+                    ours.pop(name, None)
+                    if name in theirs:
+                        ours[name] = copy.deepcopy(theirs[name])
         child = grown(tree)
         if child is not None and arch.fingerprint(child) not in avoided:
             return Child(child, "crossover", _diff(one, child))

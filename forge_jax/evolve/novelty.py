@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Float
 
 from forge_jax import arch
+from forge_jax.arch.pipeline import steps_of
+from forge_jax.arch.schema import Arch
 from forge_jax.arch.sizes import hidden_of, mixers
-from forge_jax.evolve.tree import tree_of
 
 KINDS = ("Attention", "Retention", "SSM", "LongConv")
 UNITS = ("single", "par", "route")
@@ -18,10 +19,23 @@ RESIDUALS = ("single", "dual", "deepnet")
 
 
 def features(spec: arch.Spec) -> Float[np.ndarray, " features"]:
-    """Sizes as logarithms, kinds as counts; one row of `novelty`'s input."""
-    full = arch.canonical(spec)
-    a, tree = full.arch, tree_of(spec)["arch"]
-    found, spent = mixers(a.mix_unit), arch.cost(spec)
+    """Sizes as logarithms, kinds as counts; one row of `novelty`'s input.
+
+    Those of a pipeline's stacks are added, a stack that runs twice counts twice.
+    """
+    steps = steps_of(arch.canonical(spec).arch)
+    spent, stacks = arch.cost(spec), [s for s in steps if s.code is None]
+    rows = [s.repeat * _stack(s.arch) for s in stacks]
+    reads = [sum(bool(getattr(s, name)) for s in steps) for name in ("kv_from", "mem_from")]
+    graph = [len(rows), *reads, sum(s.code is not None for s in steps)]
+    amounts = [spent.params, spent.flops, 1 + spent.cache_bytes]
+    return np.concatenate([np.sum(rows, axis=0), np.log2(amounts), graph])
+
+
+def _stack(a: Arch) -> Float[np.ndarray, " features"]:
+    """The same of one canonical stack."""
+    tree = a.model_dump(mode="json", exclude_none=True)
+    found = mixers(a.mix_unit)
     loops = tree.get("recurrence", {}).get("loops", {"train": 1})["train"]
     kinds = [
         *(sum(m.kind == kind for m in found) for kind in KINDS),
@@ -37,8 +51,7 @@ def features(spec: arch.Spec) -> Float[np.ndarray, " features"]:
             "stencil" in m for m in tree["mix_unit"].get("choices", [tree["mix_unit"].get("mixer")])
         ),
     ]
-    amounts = [a.d_model, a.n_layers, hidden_of(a.ffn, a.d_model), loops, spent.params]
-    amounts += [spent.flops, 1 + spent.cache_bytes]
+    amounts = [a.d_model, a.n_layers, hidden_of(a.ffn, a.d_model), loops]
     return np.array([*np.log2(amounts), *kinds], np.float64)
 
 

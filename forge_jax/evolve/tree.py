@@ -16,6 +16,12 @@ def tree_of(spec: arch.Spec) -> Tree:
     return arch.to_dict(arch.canonical(spec))
 
 
+def part_of(tree: Tree, rng: random.Random) -> Tree:
+    """A canonical architecture, or one of its pipeline's stacks."""
+    stacks = [module for module in tree.get("modules", {}).values() if "mix_unit" in module]
+    return rng.choice(stacks) if stacks else tree
+
+
 def grown(tree: Tree) -> arch.Spec | None:
     """The canonical document of a tree; None where the tree is none, or has idle fields."""
     try:

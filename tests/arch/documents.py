@@ -37,3 +37,43 @@ def edited(changes: dict[str, Any], base: dict[str, Any] = BASE) -> dict[str, An
 def mixer(**fields: Any) -> dict[str, Any]:
     """The base with another single mixer."""
     return edited({"arch.mix_unit": {"kind": "single", "mixer": fields}})
+
+
+SMALL_STACK = {"n_layers": 1, "mix_unit": BASE["arch"]["mix_unit"]}
+RETAINING = {"kind": "single", "mixer": {"kind": "Retention", "heads": 2}}
+# An encoder that sees ahead, a latent inferred from it, and a decoder in three stages.
+PIPELINE: dict[str, Any] = edited(
+    {
+        "arch.modules": {
+            "tokens": {"kind": "embedding", "params": {"vocab_size": 11}},
+            "encoder": {**SMALL_STACK, "pos": {"kind": "learned"}, "params": {"causal": False}},
+            "bits": {
+                "kind": "latent_sampler",
+                "cond": {
+                    "source": {"kind": "pool-mlp", "H": 3},
+                    "reg": {"kind": "freebits", "kappa": 0.1},
+                },
+                "params": {"latent_dim": 6},
+            },
+            "lower": SMALL_STACK,
+            "memory": {**SMALL_STACK, "mix_unit": RETAINING, "ffn": {**BASE["arch"]["ffn"]}},
+            "upper": {**SMALL_STACK, "kv_policy": {"cache": "full", "quant": "int8"}},
+            "logits": {"kind": "readout", "output_dim": 11},
+        },
+        "arch.pipeline": [
+            {"name": "tokens", "module": "tokens"},
+            {"name": "encoder", "module": "encoder"},
+            {"name": "bits", "module": "bits"},
+            {"name": "lower", "module": "lower", "inputs": ["tokens"], "repeat": 2},
+            {"name": "memory", "module": "memory", "kv_from": ["tokens", "lower"]},
+            {
+                "name": "upper",
+                "module": "upper",
+                "inputs": ["lower", "memory"],
+                "kv_from": ["memory"],
+                "mem_from": ["bits", "lower"],
+            },
+            {"name": "logits", "module": "logits"},
+        ],
+    }
+)

@@ -73,7 +73,7 @@ def test_counts_agree_with_the_program(changes):
 def test_bytes_are_those_of_the_cache(quant, window):
     policy = {"cache": "window" if window else "full", "quant": quant, "window": window}
     spec = arch.from_dict(edited({"arch.kv_policy": policy}, WIDE))
-    held = jax.tree.leaves(jax.eval_shape(lambda: arch.init_cache(spec, 1, 64)).stack)
+    held = jax.tree.leaves(jax.eval_shape(lambda: arch.init_cache(spec, 1, 64)).stages)
     total = sum(x.size * x.dtype.itemsize for x in held if x.dtype != jnp.int32)
     found = arch.cost(spec)
     assert found.cache_bytes == total == found.kv_bytes * (window or 64)

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from forge_jax import arch
 from forge_jax.arch.schema import Spec
-from tests.arch.documents import edited
+from tests.arch.documents import PIPELINE, edited
 from tests.arch.programs import random_like, random_tokens
 
 M = "arch.mix_unit.mixer"
@@ -37,6 +37,9 @@ DEEP = {"kind": "token", "budget": 0.5}
 SSM = {"kind": "SSM", "heads": 2, "d_state": 4, "chunk": 4}
 RETENTION = {"kind": "Retention", "heads": 2, "chunk": 4}
 REFUSED = "refused"
+NOTED = "noted"  # without effect, which is said, and refused where `strict`
+PIPED = {f"arch.{name}": PIPELINE["arch"][name] for name in ("modules", "pipeline")}
+LOWER, STAGE = "arch.modules.lower", "arch.pipeline.4"
 TRAIN = "train"  # read by whoever trains; the network is the same
 
 # Node and field -> (what the base document needs, the change), REFUSED with a change, or TRAIN.
@@ -73,8 +76,50 @@ CASES = {
         )
         for name, value in {"budget": 0.2, "tau": 0.3, "min_layers": 1}.items()
     },
-    ("Arch", "modules"): (REFUSED, {"arch.modules": {}}),
-    ("Arch", "pipeline"): (REFUSED, {"arch.pipeline": []}),
+    ("Arch", "modules"): (PIPED, {f"{LOWER}.n_layers": 2}),
+    ("Arch", "pipeline"): ({}, PIPED),
+    ("Module", "kind"): (PIPED, {"arch.modules.bits": PIPED["arch.modules"]["lower"]}),
+    ("Module", "d_model"): (REFUSED, PIPED | {f"{LOWER}.d_model": 8}),
+    **{
+        ("Module", name): (PIPED, {f"{LOWER}.{name}": value})
+        for name, value in {
+            "n_layers": 2,
+            "mix_unit": PAR,
+            "ffn": MOE,
+            "norm": "LayerNorm",
+            "pos": {"kind": "alibi"},
+            "kv_policy": {"quant": "int8"},
+            "residual": {"kind": "dual"},
+            "depth_router": DEEP,
+            "recurrence": {"body": 1, "loops": {"train": 2}},
+        }.items()
+    },
+    ("Module", "cond"): (REFUSED, PIPED | {f"{LOWER}.cond": {}}),
+    ("Module", "hierarchy"): (REFUSED, PIPED | {f"{LOWER}.hierarchy": {"levels": [{"every": 2}]}}),
+    ("Module", "latent"): (REFUSED, PIPED | {"arch.modules.bits.latent": {"bits": 4}}),
+    ("Module", "output_dim"): (REFUSED, PIPED | {"arch.modules.logits.output_dim": 12}),
+    ("Module", "params"): (PIPED, {"arch.modules.encoder.params": None}),
+    ("Module", "budget"): (NOTED, PIPED | {f"{LOWER}.budget": {"latency_ms": 1}}),
+    **{
+        ("ModuleBudget", name): (NOTED, PIPED | {f"{LOWER}.budget": {name: 1}})
+        for name in ("tokens_per_step", "flops_per_token", "latency_ms")
+    },
+    ("Stage", "name"): (REFUSED, PIPED | {f"{STAGE}.name": "bits"}),
+    ("Stage", "module"): (PIPED, {f"{STAGE}.module": "lower"}),
+    ("Stage", "kind"): (REFUSED, PIPED | {f"{STAGE}.kind": "custom"}),
+    ("Stage", "repeat"): (PIPED, {f"{STAGE}.repeat": 2}),
+    ("Stage", "inputs"): (PIPED, {f"{STAGE}.inputs": ["tokens"]}),
+    ("Stage", "kv_from"): (PIPED, {f"{STAGE}.kv_from": ["tokens"]}),
+    ("Stage", "mem_from"): (PIPED, {f"{STAGE}.mem_from": ["bits"]}),
+    ("Stage", "mode"): (NOTED, PIPED | {f"{STAGE}.mode": "train"}),
+    ("Stage", "train_only"): (NOTED, PIPED | {f"{STAGE}.train_only": True}),
+    ("Stage", "prefill_only"): (REFUSED, PIPED | {f"{STAGE}.prefill_only": True}),
+    ("Stage", "params"): (REFUSED, PIPED | {f"{STAGE}.params": {"a": 1}}),
+    ("Stage", "budget"): (NOTED, PIPED | {f"{STAGE}.budget": {"tokens_multiplier": 2}}),
+    **{
+        ("StageBudget", name): (NOTED, PIPED | {f"{STAGE}.budget": {name: 2}})
+        for name in ("tokens_multiplier", "compute_multiplier")
+    },
     ("SingleUnit", "kind"): ({}, {"arch.mix_unit": PAR}),
     ("SingleUnit", "mixer"): ({}, {M: RETENTION}),
     ("ParUnit", "kind"): ({"arch.mix_unit": PAR}, {"arch.mix_unit": ROUTE}),
@@ -257,7 +302,6 @@ CASES = {
 }
 # Nodes that stand only below a field that is refused.
 BELOW_REFUSED = {
-    *("Module", "ModuleBudget", "Stage", "StageBudget"),
     *("Cond", "CondSource", "CondReg", "CondOp", "Hierarchy", "HierarchyLevel"),
 }
 
@@ -326,8 +370,14 @@ def test_a_field_has_an_effect_or_is_refused(node, field):
         return
     needed, change = case
     if needed == REFUSED:
-        with pytest.raises(arch.DocumentError, match=r"not supported|is needed|should be"):
+        said = r"not supported|is needed|should be|must be|is of kind|are called|is for"
+        with pytest.raises(arch.DocumentError, match=said):
             arch.from_dict(edited(change))
+        return
+    if needed == NOTED:
+        assert "has no effect" in "".join(arch.notes(arch.from_dict(edited(change))))
+        with pytest.raises(arch.DocumentError, match="has no effect"):
+            arch.from_dict(edited(change), strict=True)
         return
     base = edited(needed)
     one, two = arch.from_dict(base), arch.from_dict(edited(change, base))

@@ -236,7 +236,7 @@ def test_retention():
 def test_state_space():
     x, p, y = run(mixer(kind="SSM", heads=2, d_state=3, expand=1.5))
     u = heads_of(x, p["u/kernel"], 2)
-    b, c = np.split(x @ p["bc/kernel"], 2, axis=-1)
+    b, c = x @ p["b/kernel"], x @ p["c/kernel"]
     delta = np.log1p(np.exp(x @ p["step/kernel"] + p["step_bias"]))
     out = np.zeros_like(u)
     for h in range(2):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from forge_jax import arch, evolve
+from forge_jax.arch.pipeline import steps_of
 from forge_jax.evolve.tree import difference, tree_of
-from tests.arch.documents import BASE, edited
+from tests.arch.documents import BASE, PIPELINE, edited
 
 ROUTE = {
     "kind": "route",
@@ -23,10 +24,11 @@ SEEDS = [
     BASE,
     edited({"arch.mix_unit": ROUTE, "arch.ffn.act": "gelu"}),
     edited({"arch.recurrence": {"body": 2, "loops": {"train": 2}}, "arch.norm": "LayerNorm"}),
+    PIPELINE,
 ]
 
 
-def walk(children, seed=0):
+def walk(children, seed=1):
     """Children of children: a random walk from every seed."""
     rng = random.Random(seed)
     spec = arch.from_dict(SEEDS[0])
@@ -45,7 +47,8 @@ def buildable(spec):
     network = arch.build(spec)
     tokens = jnp.zeros((1, 8), jnp.int32)
     variables = jax.eval_shape(network.init, jax.random.key(0), tokens)
-    if spec.arch.kv_policy is None or spec.arch.kv_policy.cache != "none":
+    policies = [step.arch.kv_policy for step in steps_of(spec.arch)]
+    if all(policy is None or policy.cache != "none" for policy in policies):
         cache = arch.init_cache(spec, 1, 8)
         jax.eval_shape(network.apply, {"params": variables["params"]}, tokens, cache)
     found = sum(x.size for x in jax.tree.leaves(variables["params"]))
@@ -65,7 +68,7 @@ def test_five_hundred_children_are_valid_and_different():
 
 
 def test_children_can_be_built():
-    for i, (_, child) in enumerate(walk(60, seed=1)):
+    for i, (_, child) in enumerate(walk(60, seed=2)):
         if i % 5 == 4:
             buildable(child.spec)
 
@@ -84,7 +87,7 @@ def test_an_operator_is_a_pure_function(name):
             made += one is not None
         if made > 2:
             break
-    assert made or name in {"window", "loops", "no_positions"}
+    assert made or name in {"window", "no_positions"}
 
 
 def test_names_and_known_children_are_kept_out():
@@ -102,7 +105,7 @@ def test_names_and_known_children_are_kept_out():
 
 
 def test_a_child_of_two_has_genes_of_both():
-    one, two = (arch.from_dict(document) for document in SEEDS[1:])
+    one, two = (arch.from_dict(document) for document in SEEDS[1:3])
     trees = [tree_of(spec)["arch"] for spec in (one, two)]
     for seed in range(10):
         child = evolve.crossover(one, two, random.Random(seed))

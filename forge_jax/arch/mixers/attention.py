@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from forge_jax.arch import positions, quantize, sizes
 from forge_jax.arch.layers import linear
-from forge_jax.arch.mixers.frame import Frame
+from forge_jax.arch.mixers.frame import Frame, source
 from forge_jax.arch.mixing import Attention
 from forge_jax.arch.schema import Arch
 from forge_jax.arch.stencils import visible
@@ -93,8 +93,10 @@ class AttentionMixer(nn.Module):
         heads, size = sizes.heads_of(mixer, self.arch.d_model)
         q = split_heads(linear("q", heads * size, self.dtype)(x), heads)
         q = self.placed("q", q, self.turns(frame, at)[0])
-        k, v, slots, seen, state = self.past(x, frame, state)
+        k, v, slots, seen, state = self.past(source(x, frame, self.dtype), frame, state)
         mask = visible(mixer.stencil, at, slots, frame.knobs)
+        if frame.ahead is not None:
+            mask = mask | frame.ahead
         if seen is not None:
             mask = mask & seen
         scale = frame.knobs.get("scale", size**-0.5)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from forge_jax.arch.layers import linear
-from forge_jax.arch.mixers.frame import Frame
+from forge_jax.arch.mixers.frame import Frame, source
 from forge_jax.arch.mixing import LongConv
 from forge_jax.arch.schema import Arch
 
@@ -34,9 +34,8 @@ class LongConvMixer(nn.Module):
 
     @nn.compact
     def __call__(self, x, frame: Frame, state: State | None = None):
-        del frame
         width, taps = self.arch.d_model, self.mixer.kernel_len or TAPS
-        v = linear("v", width, self.dtype, self.gain)(x)
+        v = linear("v", width, self.dtype, self.gain)(source(x, frame, self.dtype))
         gate = nn.silu(linear("gate", width, self.dtype)(x))
         init = nn.initializers.normal(taps**-0.5)
         kernel = self.param("kernel", init, (taps, 1, width)).astype(self.dtype)

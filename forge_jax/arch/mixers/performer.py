@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from forge_jax.arch import positions, sizes
 from forge_jax.arch.decay import State, decayed
 from forge_jax.arch.layers import linear
-from forge_jax.arch.mixers.frame import Frame
+from forge_jax.arch.mixers.frame import Frame, source
 from forge_jax.arch.mixing import Attention, Kernel
 from forge_jax.arch.schema import Arch
 from forge_jax.models.attention import join_heads, split_heads
@@ -68,8 +68,9 @@ class PerformerMixer(nn.Module):
         heads, size = sizes.heads_of(mixer, self.arch.d_model)
         kv_heads = mixer.kv_heads or heads
         q = split_heads(linear("q", heads * size, self.dtype)(x), heads)
-        k = split_heads(linear("k", kv_heads * size, self.dtype)(x), kv_heads)
-        v = split_heads(linear("v", kv_heads * size, self.dtype, self.gain)(x), kv_heads)
+        asked = source(x, frame, self.dtype)
+        k = split_heads(linear("k", kv_heads * size, self.dtype)(asked), kv_heads)
+        v = split_heads(linear("v", kv_heads * size, self.dtype, self.gain)(asked), kv_heads)
         if softmax.qk_norm != "none":
             make = nn.RMSNorm if softmax.qk_norm == "rms" else nn.LayerNorm
             q = make(epsilon=1e-6, dtype=self.dtype, name="q_norm")(q)

@@ -7,7 +7,7 @@ import numpy as np
 from forge_jax.arch import sizes
 from forge_jax.arch.decay import State, decayed
 from forge_jax.arch.layers import linear
-from forge_jax.arch.mixers.frame import Frame
+from forge_jax.arch.mixers.frame import Frame, source
 from forge_jax.arch.mixing import Retention
 from forge_jax.arch.schema import Arch
 from forge_jax.models.attention import join_heads, split_heads
@@ -35,12 +35,12 @@ class RetentionMixer(nn.Module):
 
     @nn.compact
     def __call__(self, x, frame: Frame, state: State | None = None):
-        del frame
         heads, size = sizes.heads_of(self.mixer, self.arch.d_model)
         width = heads * size
         q = split_heads(linear("q", width, self.dtype)(x), heads)
-        k = split_heads(linear("k", width, self.dtype)(x), heads) * size**-0.5
-        v = split_heads(linear("v", width, self.dtype, self.gain)(x), heads)
+        asked = source(x, frame, self.dtype)
+        k = split_heads(linear("k", width, self.dtype)(asked), heads) * size**-0.5
+        v = split_heads(linear("v", width, self.dtype, self.gain)(asked), heads)
         decay = np.log1p(-(2.0 ** (-5 - np.arange(heads)))).astype(np.float32)
         log_decay = jnp.broadcast_to(decay[:, None], (1, heads, x.shape[1]))
         chunk = 1 if self.mixer.mode == "recurrent" else self.mixer.chunk

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from forge_jax.arch import sizes
 from forge_jax.arch.decay import State, decayed
 from forge_jax.arch.layers import linear
-from forge_jax.arch.mixers.frame import Frame
+from forge_jax.arch.mixers.frame import Frame, source
 from forge_jax.arch.mixing import SSM
 from forge_jax.arch.schema import Arch
 from forge_jax.models.attention import join_heads, split_heads
@@ -49,13 +49,13 @@ class SSMMixer(nn.Module):
 
     @nn.compact
     def __call__(self, x, frame: Frame, state: State | None = None):
-        del frame
         heads, size = sizes.heads_of(self.mixer, self.arch.d_model)
         inner, n = heads * size, self.mixer.d_state or STATES
-        u = split_heads(linear("u", inner, self.dtype, self.gain)(x), heads)
+        asked = source(x, frame, self.dtype)
+        u = split_heads(linear("u", inner, self.dtype, self.gain)(asked), heads)
         gate = nn.silu(linear("gate", inner, self.dtype)(x))
-        b, c = jnp.split(linear("bc", 2 * n, self.dtype)(x)[:, None], 2, axis=-1)
-        delta = linear("step", heads, self.dtype)(x).astype(jnp.float32)
+        b, c = linear("b", n, self.dtype)(asked)[:, None], linear("c", n, self.dtype)(x)[:, None]
+        delta = linear("step", heads, self.dtype)(asked).astype(jnp.float32)
         delta = nn.softplus(delta + self.param("step_bias", start_step, (heads,))).swapaxes(1, 2)
         decay = -jnp.exp(self.param("log_decay", start_decay, (heads,)))
         chunk = 1 if self.mixer.mode == "recurrent" else self.mixer.chunk

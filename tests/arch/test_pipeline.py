@@ -1,0 +1,265 @@
+"""Stages that read each other, and the latent between them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from forge_jax import arch
+from forge_jax.arch.latents import LatentSampler, drawn
+from forge_jax.arch.pipeline import Code
+from tests.arch.documents import BASE, PIPELINE, SMALL_STACK, edited
+from tests.arch.programs import jitted, random_like, random_network, random_tokens
+
+TOKENS = random_tokens(12)
+
+
+def decoded(spec, network, params, **rngs):
+    """Logits of one token at a time."""
+    cache = arch.init_cache(spec, 2, 12)
+
+    def one(cache, token):
+        logits, cache = network.apply(params, token[:, None], cache, rngs=rngs)
+        return cache, logits[:, 0]
+
+    return jax.lax.scan(one, cache, TOKENS.T)[1].swapaxes(0, 1)
+
+
+def test_decoding_is_the_full_pass_and_nothing_looks_ahead_in_use():
+    spec, network, params = random_network(PIPELINE)
+    key = jax.random.key(3)
+    full = jitted(lambda tokens, key: network.apply(params, tokens, rngs={"latent": key})[0])
+    one_by_one = jitted(lambda key: decoded(spec, network, params, latent=key))(key)
+    np.testing.assert_allclose(one_by_one, full(TOKENS, key), atol=2e-4)
+    for at in range(1, 12):
+        changed = full(TOKENS.at[:, at].add(1) % 11, key)
+        np.testing.assert_array_equal(changed[:, :at], full(TOKENS, key)[:, :at])
+        assert not np.array_equal(changed[:, at], full(TOKENS, key)[:, at])
+    # another draw of the latents is another function, the same draw the same
+    assert not np.allclose(full(TOKENS, key), full(TOKENS, jax.random.key(4)))
+    fixed = jitted(lambda tokens: network.apply(params, tokens)[0])
+    np.testing.assert_array_equal(fixed(TOKENS), fixed(TOKENS))
+    prompt = jitted(lambda cache, tokens: network.apply(params, tokens, cache))
+    first, cache = prompt(arch.init_cache(spec, 2, 12), TOKENS[:, :5])
+    second, _ = prompt(cache, TOKENS[:, 5:])
+    np.testing.assert_allclose(np.concatenate([first, second], 1), fixed(TOKENS), atol=2e-4)
+
+
+def test_training_infers_latents_and_reaches_every_parameter():
+    _, network, params = random_network(PIPELINE)
+
+    def loss(params, tokens, key):
+        given = {"train": True, "rngs": {"noise": key}, "mutable": ["losses"]}
+        (logits, _), sown = network.apply(params, tokens, **given)
+        return (logits[..., 0] ** 2).mean() + sum(map(jnp.sum, jax.tree.leaves(sown)))
+
+    f = jitted(jax.value_and_grad(loss))
+    one, gradient = f(params, TOKENS, jax.random.key(0))
+    assert one != f(params, TOKENS, jax.random.key(1))[0]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_a_latent_costs_its_divergence_and_has_the_gradient_of_its_mean():
+    """NumPy over all eight codes, and finite differences of the mean row."""
+    rng, bits, dim = np.random.default_rng(0), 3, 4
+    x = jnp.asarray(rng.standard_normal((2, 5, dim)), jnp.float32)
+    module = LatentSampler(Code(bits, dim, 0.02), dim, "RMSNorm", jnp.dtype("float32"))
+    at = jnp.arange(5)
+    params = random_like(jax.eval_shape(module.init, jax.random.key(0), x, 2, at))["params"]
+
+    def applied(params, key):
+        rngs = {"noise": key}
+        return module.apply({"params": params}, x, 2, at, rngs=rngs, mutable=["losses"])
+
+    table = np.asarray(params["codes"], np.float64)
+    normed = np.asarray(x, np.float64)
+    normed = normed / np.sqrt((normed**2).mean(-1, keepdims=True) + 1e-6)
+    normed = normed * np.asarray(params["norm"]["scale"])
+    codes = np.arange(8)[:, None] >> np.arange(bits) & 1
+
+    def by_hand(kernel):
+        p = 1 / (1 + np.exp(-normed @ kernel))
+        each = np.where(codes, p[:, :, None], 1 - p[:, :, None]).prod(-1)
+        return p, each
+
+    kernel = np.asarray(params["bits"]["kernel"], np.float64)
+    p, each = by_hand(kernel)
+    keys = jax.random.split(jax.random.key(1), 4000)
+    z, sown = jitted(jax.vmap(lambda key: applied(params, key)))(keys)
+    rows = np.abs(np.asarray(z)[..., None, :] - table).max(-1)
+    assert rows.min(-1).max() < 1e-5  # every z is a row of the table
+    share = np.eye(8)[rows.argmin(-1)].mean(0)
+    np.testing.assert_allclose(share, each, atol=0.05)
+    divergence = (p * np.log(2 * p) + (1 - p) * np.log(2 * (1 - p))).sum(-1)
+    wanted = np.maximum(0, divergence - 0.02 * np.log(2)).mean()
+    np.testing.assert_allclose(sown["losses"]["latent"][0][0], wanted, rtol=1e-4)
+    assert wanted > 0
+
+    weight = rng.standard_normal((2, 5, dim))
+
+    def pulled(params):
+        return (applied(params, keys[0])[0] * weight).sum()
+
+    found = np.asarray(jax.grad(pulled)(params)["bits"]["kernel"])
+    for i, j in np.ndindex(*kernel.shape):
+        up, down = (by_hand(kernel + s * 1e-6 * np.eye(dim)[:, [i]] * np.eye(bits)[j])
+                    for s in (1, -1))  # fmt: skip
+        slope = (((up[1] - down[1]) @ table) * weight).sum() / 2e-6
+        assert found[i, j] == pytest.approx(slope, rel=1e-3, abs=1e-5)
+
+
+def test_codes_are_uniform_and_each_their_positions():
+    key = jax.random.key(0)
+    codes = drawn(key, 400, jnp.arange(20), 3)
+    assert codes.shape == (400, 20)
+    np.testing.assert_allclose(np.bincount(codes.ravel(), minlength=8) / 8000, 1 / 8, atol=0.015)
+    np.testing.assert_array_equal(drawn(key, 400, jnp.arange(7, 9), 3), codes[:, 7:9])
+
+
+def staged(*stages, **modules):
+    """The base as the stages of a pipeline, each with its module's name."""
+    first, last = {"name": "x", "kind": "embedding"}, {"name": "y", "kind": "readout"}
+    return edited({"arch.modules": modules, "arch.pipeline": [first, *stages, last]})
+
+
+def stack(layers=1, **more):
+    return {**SMALL_STACK, "n_layers": layers, **more}
+
+
+def test_one_stack_as_a_pipeline_is_the_plain_network():
+    plain = arch.from_dict(BASE)
+    piped = arch.from_dict(staged({"name": "s", "module": "m"}, m=stack(2)))
+    assert arch.fingerprint(plain) == arch.fingerprint(piped)
+    assert arch.canonical(plain) == arch.canonical(piped)
+
+
+def test_names_and_inherited_fields_mean_nothing():
+    one = arch.from_dict(PIPELINE)
+    tree = arch.to_dict(one)
+    tree["arch"] |= {"n_layers": 7, "norm": "RMSNorm"}
+    for module in tree["arch"]["modules"].values():
+        module["norm"] = "RMSNorm"
+    text = arch.emit(arch.from_dict(tree)).replace("lower", "second").replace("memory", "zeroth")
+    two = arch.parse(text)
+    assert arch.fingerprint(one) == arch.fingerprint(two)
+    assert arch.canonical(arch.canonical(one)) == arch.canonical(one)
+    assert arch.compile_key(one) == arch.compile_key(two)
+    other = edited({"arch.modules.upper.n_layers": 2}, PIPELINE)
+    assert arch.fingerprint(one) != arch.fingerprint(arch.from_dict(other))
+
+
+def test_what_a_stage_reads_is_what_the_stages_gave():
+    """Two stages by hand: the second's queries from the first, keys and values from tokens."""
+    second = {"name": "b", "module": "m", "kv_from": ["x"], "mem_from": ["a"], "repeat": 2}
+    document = staged({"name": "a", "module": "n"}, second, m=stack(), n=stack())
+    _, network, params = random_network(document)
+    tree = params["params"]
+
+    def attended(p, x, asked):
+        def normed(name, t):
+            return t / np.sqrt((t**2).mean(-1, keepdims=True) + 1e-6) * p[name]["scale"][0]
+
+        mixer = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), p["mix"]["mixer_0"])
+        h = normed("mix_pre", x)
+        asked = h if asked is None else asked[0] + asked[1] @ mixer["mem"]["kernel"]
+        q, k, v = (
+            (t @ mixer[n]["kernel"]).reshape(*t.shape[:2], -1, 4).swapaxes(1, 2)
+            for n, t in (("q", h), ("k", asked), ("v", asked))
+        )
+        angle = np.arange(t_) [:, None] * 10000.0 ** (-np.arange(2) / 2)  # fmt: skip
+        turn = np.exp(1j * angle)
+        q, k = ((t[..., :2] + 1j * t[..., 2:]) * turn for t in (q, k))
+        k, v = (np.repeat(t, 2, axis=1) for t in (k, v))
+        score = np.einsum("bhtd,bhsd->bhts", q, k.conj()).real / 2
+        score = np.where(np.tril(np.ones((t_, t_))), score, -np.inf)
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        weight /= weight.sum(-1, keepdims=True)
+        out = (weight @ v).swapaxes(1, 2).reshape(*x.shape)
+        x = x + out @ mixer["out"]["kernel"]
+        f = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), p["ffn"])
+        h = normed("ffn_pre", x)
+        gate = h @ f["gate"]["kernel"]
+        up = gate / (1 + np.exp(-gate)) * (h @ f["up"]["kernel"])
+        return x + up @ f["down"]["kernel"]
+
+    def ended(name, x):
+        scale = np.asarray(tree[name]["norm"]["scale"])
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+    t_ = TOKENS.shape[1]
+    # canonical modules are numbered by their first stage
+    one, two = tree["module_0"]["body"], tree["module_1"]["body"]
+    x = np.asarray(tree["embed"]["embedding"], np.float64)[np.asarray(TOKENS)]
+    a = ended("module_0", attended(one, x, None))
+    b = ended("module_1", attended(two, a, (x, a)))
+    b = ended("module_1", attended(two, b, (x, a)))
+    wanted = b @ np.asarray(tree["head"]["kernel"])
+    np.testing.assert_allclose(jitted(network.apply)(params, TOKENS)[0], wanted, atol=2e-4)
+
+
+P = "arch.pipeline"
+WRONG = [
+    ({f"{P}.3.inputs": ["nobody"]}, r"arch\.pipeline\[3\]\.inputs: nobody is no earlier stage"),
+    ({f"{P}.3.inputs": ["lower"]}, "lower is no earlier stage"),
+    ({f"{P}.3.name": "bits"}, "two stages are called bits"),
+    ({f"{P}.3.module": "nothing"}, "there is no module nothing"),
+    ({f"{P}.3.inputs": ["encoder"]}, "encoder sees later tokens: only a latent sampler"),
+    ({f"{P}.3.kv_from": ["encoder"]}, "encoder sees later tokens: only a latent sampler"),
+    ({f"{P}.6": {"name": "end", "kind": "embedding"}}, "the first stage, and no other"),
+    ({f"{P}.6": {"name": "end", "module": "lower"}}, "the last stage, and no other"),
+    ({f"{P}.4.kind": "readout"}, "the module is of kind transformer, got readout"),
+    ({f"{P}.2.repeat": 2}, "is for stacks, not for a stage of kind latent_sampler"),
+    ({f"{P}.5.inputs": ["memory"], f"{P}.5.mem_from": None}, "no stage reads bits"),
+    ({f"{P}.3.mode": "decode"}, "not trained as it is used"),
+    ({f"{P}.3.prefill_only": True}, "not trained as it is used"),
+    ({f"{P}.3.params": {"a": 1}}, "a module has params"),
+    ({f"{P}.4.module": "upper"}, "must have it, or none: they share weights"),
+    ({"arch.modules.lower.kind": "custom"}, "custom is not supported"),
+    ({"arch.modules.lower.latent": {}}, "is not supported"),
+    ({"arch.modules.lower.d_model": 8}, "must be arch.d_model 16, got 8"),
+    ({"arch.modules.lower.params": {"depth": 1}}, "is no parameter of a module of kind"),
+    ({"arch.modules.bits.params.latent_dim": 0}, "must be a int, got 0"),
+    ({"arch.modules.logits.output_dim": 12}, "must be the vocabulary's 11, got 12"),
+    ({"arch.modules.tokens.params.vocab_size": 9}, "must be the vocabulary's 11, got 9"),
+    ({"arch.modules.bits.cond.source.H": 30}, "must be at most 20 bits"),
+    ({"arch.modules.bits.cond.reg.kappa": None}, "is needed by freebits"),
+    (
+        {"arch.modules.bits.cond.source": {"kind": "segment", "segment": 2}},
+        "inferred token by token",
+    ),
+    ({"arch.modules.encoder.pos.kind": "alibi"}, "one full softmax attention"),
+    ({"arch.recurrence": {"body": 2}}, "belongs into a module"),
+    (
+        {"arch.modules.lower.mix_unit.mixer.heads": 3},
+        r"arch\.modules\.lower\.mix_unit\.mixer\.heads: must divide d_model 16",
+    ),
+    ({P: [{"name": "a", "kind": "embedding"}, {"name": "b", "kind": "readout"}]}, "has no stack"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), WRONG)
+def test_a_wrong_pipeline_is_located(changes, sentence):
+    with pytest.raises(arch.DocumentError, match=sentence):
+        arch.from_dict(edited(changes, PIPELINE))
+
+
+IDLE = {
+    "arch.modules.spare": SMALL_STACK,
+    "arch.modules.lower.budget": {"flops_per_token": 1},
+    "arch.modules.tokens.norm": "RMSNorm",
+    "arch.modules.bits.cond.ops": [{"where": "pre_mixer", "op": "film"}],
+    f"{P}.3.mode": "train",
+    f"{P}.3.train_only": True,
+    f"{P}.3.budget": {"compute_multiplier": 2},
+}
+
+
+@pytest.mark.parametrize("path", IDLE)
+def test_what_has_no_effect_is_noted_and_refused_when_strict(path):
+    document = edited({path: IDLE[path]}, PIPELINE)
+    spec = arch.from_dict(document)
+    assert arch.fingerprint(spec) == arch.fingerprint(arch.from_dict(PIPELINE))
+    assert len(arch.notes(spec)) == 1
+    with pytest.raises(arch.DocumentError, match="has no effect"):
+        arch.from_dict(document, strict=True)
