@@ -12,9 +12,9 @@ Finding = tuple[Path, str]
 READS = ("inputs", "kv_from", "mem_from")
 # What a module's `params` may hold, by its kind.
 PARAMS = {
-    "transformer": {"causal": bool},
-    "latent_sampler": {"latent_dim": int},
-    "embedding": {"vocab_size": int},
+    "transformer": {"causal": (bool, "true or false")},
+    "latent_sampler": {"latent_dim": (int, "a whole number of features")},
+    "embedding": {"vocab_size": (int, "a whole number of tokens")},
 }
 
 
@@ -38,11 +38,11 @@ def _modules(spec: Spec) -> Iterator[Finding]:
             yield (*path, "d_model"), f"must be arch.d_model {arch.d_model}, got {module.d_model}"
         params = module.params or {}
         for key, value in params.items():
-            kind = PARAMS.get(module.kind, {}).get(key)
+            kind, wanted = PARAMS.get(module.kind, {}).get(key, (None, ""))
             if kind is None:
                 yield (*path, "params", key), f"is no parameter of a module of kind {module.kind}"
-            elif type(value) is not kind or value < (kind is int):
-                yield (*path, "params", key), f"must be a {kind.__name__}, got {value!r}"
+            elif type(value) is not kind or (type(value) is int and value < 1):
+                yield (*path, "params", key), f"must be {wanted}, got {value!r}"
         sized = {("params", "vocab_size"): params.get("vocab_size")}
         sized |= {("output_dim",): module.output_dim}
         for at, size in sized.items():

@@ -56,8 +56,8 @@ class LatentSampler(nn.Module):
             key = self.make_rng("latent") if self.has_rng("latent") else jax.random.key(0)
             z = table[drawn(key, batch, at, bits)]
         else:
-            x = make_norm(self.norm, "norm", self.dtype)(x)
-            logits = linear("bits", bits, jnp.dtype("float32"))(x.astype(jnp.float32))
+            normed = make_norm(self.norm, "norm", jnp.dtype("float32"))(x)
+            logits = linear("bits", bits, jnp.dtype("float32"))(normed)
             z = self.inferred(logits, table)
             divergence = bits * np.log(2) - entropy(logits).sum(-1)
             loss = jnp.maximum(0.0, divergence - kappa * np.log(2)).mean()

@@ -77,9 +77,20 @@ def share(tree: Tree, rng: random.Random) -> bool:
         return False
     one, two = rng.sample(stages, 2)
     one["module"] = two["module"]
-    used = {stage.get("module") for stage in tree["pipeline"]}
-    tree["modules"] = {name: m for name, m in tree["modules"].items() if name in used}
+    prune(tree)
     return True
+
+
+def prune(tree: Tree) -> None:
+    """Take away the stages that none reads, and the modules of no stage."""
+    stages, unread = tree["pipeline"], True
+    while unread:
+        read = {name for stage in stages for field in READS for name in stage.get(field, [])}
+        unread = [stage for stage in stages[1:-1] if stage["name"] not in read]
+        stages = [stage for stage in stages if stage not in unread]
+    used = {stage.get("module") for stage in stages}
+    tree["pipeline"] = stages
+    tree["modules"] = {name: m for name, m in tree["modules"].items() if name in used}
 
 
 def latent(tree: Tree, rng: random.Random) -> bool:
@@ -90,12 +101,11 @@ def latent(tree: Tree, rng: random.Random) -> bool:
     names = {n for n, m in tree["modules"].items() if m.get("kind") == "latent_sampler"}
     if names:
         gone = {s["name"] for s in tree["pipeline"] if s.get("module") in names}
-        tree["modules"] = {n: m for n, m in tree["modules"].items() if n not in names}
-        tree["pipeline"] = [s for s in tree["pipeline"] if s["name"] not in gone]
         for stage in tree["pipeline"]:
             for field in READS:
                 if left := [n for n in stage.pop(field, []) if n not in gone]:
                     stage[field] = left
+        prune(tree)
         return True
     reader = rng.choice(stages)
     source = rng.choice(earlier(tree, reader))

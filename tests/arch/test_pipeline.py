@@ -219,7 +219,7 @@ WRONG = [
     ({"arch.modules.lower.latent": {}}, "is not supported"),
     ({"arch.modules.lower.d_model": 8}, "must be arch.d_model 16, got 8"),
     ({"arch.modules.lower.params": {"depth": 1}}, "is no parameter of a module of kind"),
-    ({"arch.modules.bits.params.latent_dim": 0}, "must be a int, got 0"),
+    ({"arch.modules.bits.params.latent_dim": 0}, "must be a whole number of features, got 0"),
     ({"arch.modules.logits.output_dim": 12}, "must be the vocabulary's 11, got 12"),
     ({"arch.modules.tokens.params.vocab_size": 9}, "must be the vocabulary's 11, got 9"),
     ({"arch.modules.bits.cond.source.H": 30}, "must be at most 20 bits"),
