@@ -53,7 +53,7 @@ def tensors(params: Any, layers: int) -> Tensors:
     """Trainable copies of Flax parameters; stacked ones as one tensor per layer."""
     out: Tensors = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("stack/")
         x = np.array(leaf)
         parts = x if name.startswith("body/") else [x]
         made = [torch.tensor(part, requires_grad=True) for part in parts]

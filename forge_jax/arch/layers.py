@@ -1,16 +1,32 @@
 """Linear maps and norms that every block is made of."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from forge_jax.arch.schema import NormKind
+from forge_jax.models.dense import matmul
 
 
-def linear(name: str, width: int, dtype: jnp.dtype, gain: float = 1.0) -> nn.Dense:
+class Linear(nn.Module):
+    """x W, without bias; trained through `matmul`, which takes reverse mode only."""
+
+    width: int
+    dtype: jnp.dtype
+    gain: float = 1.0  # of the usual (LeCun) initial deviation
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... width"]:
+        init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "truncated_normal")
+        kernel: Any = self.param("kernel", init, (x.shape[-1], self.width))
+        return matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+def linear(name: str, width: int, dtype: jnp.dtype, gain: float = 1.0) -> Linear:
     """A linear map without bias; `gain` multiplies the usual (LeCun) initial deviation."""
-    init = nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
-    return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+    return Linear(width, dtype, gain, name=name)
 
 
 class ScaleNorm(nn.Module):
