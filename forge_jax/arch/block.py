@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from forge_jax.arch import sizes
+from forge_jax.arch.conditioning import modulated
 from forge_jax.arch.ffn import Dense, MoE, balance_loss, init_taken, keep_largest
 from forge_jax.arch.layers import linear, make_norm
 from forge_jax.arch.mixers import attention, latent, longconv, performer, retention, ssm
@@ -132,7 +133,14 @@ class Block(nn.Module):
         states, taken = (None, None) if state is None else state
         before = stream
         mixed, ffn = MixUnit(self.arch, self.dtype, name="mix"), self.arch.ffn
-        stream, states = self.around("mix", lambda x: mixed(x, frame, states), stream, frame)
+        cond = self.arch.cond
+
+        def mix(x):
+            y: Any
+            y, kept = mixed(modulated(cond, "pre_mixer", x, frame), frame, states)
+            return modulated(cond, "post_mixer", y, frame), kept
+
+        stream, states = self.around("mix", mix, stream, frame)
         gain, width = residual_gain(self.arch), self.arch.d_model
         if isinstance(ffn, DenseFFN):
             dense = Dense(ffn, width, self.dtype, gain, name="ffn")
@@ -177,6 +185,10 @@ class Block(nn.Module):
         if residual.kind == "deepnet":
             y, aux = sublayer(x)
             return (norm(scale * x + y, "post"),), aux
-        y, aux = sublayer(x if residual.pre_ln is False else norm(x, "pre"))
+        read = x
+        if residual.pre_ln is not False:
+            read = norm(x, "pre")
+            read = modulated(self.arch.cond, "ln", read, frame, name=f"{name}_cond")
+        y, aux = sublayer(read)
         x = x + scale * y
         return (norm(x, "post") if residual.post_ln else x,), aux

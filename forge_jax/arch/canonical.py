@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from forge_jax.arch import sizes
+from forge_jax.arch.conditioning import canonical_cond
 from forge_jax.arch.loops import most_loops
 from forge_jax.arch.mixing import Attention, LongConv, Mixer, Retention, RouteUnit
 from forge_jax.arch.parse import from_dict
@@ -44,6 +45,7 @@ def _stack(arch: Arch, context: int) -> Tree:
         "ffn": arch.ffn.model_dump(mode="json", exclude_none=True),
         "norm": arch.norm,
         "pos": _positions(arch),
+        "cond": canonical_cond(arch, context),
         "kv_policy": _policy(arch, context),
         "residual": _residual(arch.residual, arch.n_layers),
         "recurrence": _recurrence(arch),

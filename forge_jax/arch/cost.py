@@ -7,7 +7,7 @@ picked are computed, and counted.
 
 from typing import NamedTuple
 
-from forge_jax.arch import quantize, sizes
+from forge_jax.arch import conditioning, quantize, sizes
 from forge_jax.arch.canonical import canonical
 from forge_jax.arch.ffn import GATED
 from forge_jax.arch.mixers import longconv, ssm
@@ -93,6 +93,9 @@ def _stack(arch: Arch, context: int, time: int, memory: bool) -> tuple[float, fl
         ends += _norm(arch, time)
     if arch.pos.kind == "learned":
         ends += _Part(context * d)
+    if arch.cond is not None:
+        ends += _Part(*conditioning.source_cost(arch.cond, d, time))
+        ends += _ops(arch, "token", time, d)
     if arch.recurrence and arch.recurrence.adapter == "concat_linear":
         adapter = _linear(2 * d, d, time).times(2 if residual.kind == "dual" else 1)
         ends += _Part(2 * d**2)
@@ -110,6 +113,8 @@ def _cache(arch: Arch, time: int, width: int) -> tuple[float, float]:
     layers = sum(part.layers * part.loops for part in parts_of(arch, train=False))
     kv = layers * sum(_kv(m, arch, width) for m in sizes.mixers(arch.mix_unit))
     state = layers * sum(_state(m, arch, width) for m in sizes.mixers(arch.mix_unit))
+    if arch.cond is not None:
+        state += 4 * arch.d_model * (2 if conditioning.segmented(arch.cond) else 1)
     policy = arch.kv_policy or KVPolicy()
     slots = min(time, policy.window or time)
     if policy.latent and policy.latent.update:
@@ -151,6 +156,11 @@ def _linear(rows: int, columns: int, time: int) -> _Part:
     return _Part(rows * columns, 2 * time * rows * columns)
 
 
+def _ops(arch: Arch, where: str, time: int, width: int, read: int = 0, heads: int = 1) -> _Part:
+    """What the condition does in one place."""
+    return _Part(*conditioning.ops_cost(arch.cond, where, time, width, read, heads))
+
+
 def _norm(arch: Arch, time: int) -> _Part:
     params = {"LayerNorm": 2 * arch.d_model, "RMSNorm": arch.d_model, "ScaleNorm": 1}[arch.norm]
     return _Part(params, (7 if arch.norm == "LayerNorm" else 4) * time * arch.d_model)
@@ -164,6 +174,8 @@ def _block(arch: Arch, time: int) -> _Part:
     adds = _Part(0, 2 * time * arch.d_model)
     if arch.depth_router:
         adds += _linear(arch.d_model, 1, time) + _Part(0, 3 * time * arch.d_model)
+    for place in ("pre_mixer", "post_mixer", "ln", "ln"):
+        adds += _ops(arch, place, time, arch.d_model)
     return _unit(arch, time) + _ffn(arch, time) + _norm(arch, time).times(norms) + adds
 
 
@@ -190,6 +202,8 @@ def _mixer(mixer: Mixer, arch: Arch, time: int) -> _Part:
     if isinstance(mixer, Retention):
         heads, size = sizes.heads_of(mixer, d)
         maps = _linear(d, heads * size, time).times(5)
+        for place in conditioning.PROJECTIONS:
+            maps += _ops(arch, place, time, heads * size, d, heads)
         gate = _Part(0, 5 * time * heads * size)
         return maps + _decayed(mixer, time, heads, heads, size, size) + gate
     if isinstance(mixer, SSM):
@@ -221,6 +235,8 @@ def _attention(mixer: Attention, arch: Arch, time: int) -> _Part:
         out += _linear(d, latent.dim, time)
         out += _Part(0, 3 * time * latent.dim if latent.update else 0)
     out += _linear(read, kv_heads * size, time).times(2)
+    out += _ops(arch, "proj_q", time, heads * size, d, heads)
+    out += _ops(arch, "proj_v", time, kv_heads * size, read, kv_heads)
     softmax = mixer.softmax
     if softmax and softmax.qk_norm != "none":
         each = 1 if softmax.qk_norm == "rms" else 2
@@ -264,7 +280,10 @@ def _kv(mixer: Mixer, arch: Arch, width: int) -> float:
     quant, latent = arch.kv_policy.quant if arch.kv_policy else "none", latent_of(arch)
     if latent:
         each = latent.update.freq if latent.update else 1
-        return quantize.bytes_of(latent.dim, quant, width) / each
+        kept = quantize.bytes_of(latent.dim, quant, width)
+        if arch.cond is not None and conditioning.ops_at(arch.cond, "proj_v"):
+            kept += width * conditioning.width_of(arch.cond)
+        return kept / each
     return 2 * (mixer.kv_heads or heads) * quantize.bytes_of(size, quant, width)
 
 

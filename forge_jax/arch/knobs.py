@@ -35,6 +35,10 @@ def arch_knobs(arch: Arch) -> dict[str, Any]:
         out["noise"] = recurrence.noise_std
     if arch.depth_router is not None:
         out |= {"depth_budget": arch.depth_router.budget, "depth_tau": arch.depth_router.tau}
+    if arch.cond is not None and arch.cond.source is not None and arch.cond.source.segment:
+        out["segment"] = arch.cond.source.segment
+    if arch.cond is not None and arch.cond.reg is not None:
+        out["kappa"] = arch.cond.reg.kappa
     schedule = recurrence.loops.schedule if recurrence and recurrence.loops else None
     if schedule is not None:
         names = {"mean": "loop_mean", "sigma": "loop_sigma", "warmup_steps": "loop_warmup"}
@@ -87,6 +91,10 @@ def _blank_stack(tree: dict[str, Any], length: int) -> None:
     _blank(loops.get("schedule", {}), "mean", "warmup_steps")
     if "sigma" in loops.get("schedule", {}):
         loops["schedule"]["sigma"] = "traced"  # an argument at zero too
+    cond = tree.get("cond", {})
+    _blank(cond.get("source", {}), "segment")
+    if "reg" in cond:
+        cond["reg"]["kappa"] = "traced"  # at zero too
     _blank(tree["pos"].get("rope", {}), "theta")
     _blank(tree["pos"].get("rope", {}).get("scaling", {}), "factor")
     _blank((tree.get("kv_policy", {}).get("latent") or {}).get("update", {}), "tau")

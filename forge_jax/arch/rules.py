@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from forge_jax.arch import graph, sizes
+from forge_jax.arch import conditioning, graph, sizes
 from forge_jax.arch.mixing import (
     SSM,
     Attention,
@@ -67,7 +67,7 @@ def _stack(arch: Arch) -> Iterator[Finding]:
     yield from _unbuilt(arch)
     for path, mixer in placed_mixers(arch):
         yield from _mixer(path, mixer, arch)
-    for check in (_unit, _positions, _cache, _around):
+    for check in (_unit, _positions, _cache, _around, conditioning.problems_of):
         yield from check(arch)
 
 
@@ -203,7 +203,7 @@ def _train(spec: Spec) -> Iterator[Finding]:
 def _unbuilt(arch: Arch) -> Iterator[Finding]:
     """Fields of the language that no code builds: refused, never passed over."""
     never = "is not supported"
-    for name in ("cond", "hierarchy"):
+    for name in ("hierarchy",):
         if getattr(arch, name) is not None:
             yield ("arch", name), never
     if arch.depth_router and arch.depth_router.kind == "layer":
@@ -226,10 +226,15 @@ def _unbuilt(arch: Arch) -> Iterator[Finding]:
 
 def notes(spec: Spec) -> list[Finding]:
     """What the document says without effect, or beyond a limit to which it is cut."""
+
+    def idle(arch: Arch) -> Iterator[Finding]:
+        yield from _idle(arch)
+        yield from conditioning.notes_of(arch, spec.train.ctx_len)
+
     found = [*graph.notes(spec.arch)]
     if spec.arch.pipeline is None:
-        return [*found, *_idle(spec.arch)]
-    return [*found, *_each_module(spec.arch, _idle)]
+        return [*found, *idle(spec.arch)]
+    return [*found, *_each_module(spec.arch, idle)]
 
 
 def _idle(arch: Arch) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from forge_jax.arch import positions, sizes
 from forge_jax.arch.block import Block, init_state
+from forge_jax.arch.conditioning import Condition, init_past, modulated
 from forge_jax.arch.layers import linear, make_norm
 from forge_jax.arch.loops import loop_count
 from forge_jax.arch.mixers.frame import Frame
@@ -18,7 +19,10 @@ from forge_jax.arch.schema import Arch
 from forge_jax.arch.structure import Loops, Residual, Schedule
 
 State = dict[str, tuple[Any, ...]]
-"""What decoding keeps: per part, and per loop of the body, the layers' states (layers, ...)."""
+"""What decoding keeps: per part, and per loop of the body, the layers' states (layers, ...).
+
+Besides, under "condition", what the source of the condition keeps.
+"""
 
 
 class Part(NamedTuple):
@@ -51,6 +55,8 @@ def init_stack(arch: Arch, batch: int, length: int, dtype: jnp.dtype) -> State:
     for name, layers, loops in parts_of(arch, train=False):
         one = jax.tree.map(lambda x, n=layers: jnp.broadcast_to(x, (n, *x.shape)), state)
         out[name] = (one,) * loops
+    if arch.cond is not None:
+        out["condition"] = init_past(arch.cond, batch, arch.d_model)
     return out
 
 
@@ -89,9 +95,15 @@ class Stack(nn.Module):
         arch = self.arch
         if arch.pos.kind == "learned":
             x = x + nn.Embed(self.context, arch.d_model, dtype=self.dtype, name="places")(at)
-        frame = Frame(at, self.turns(at, knobs), knobs, step, **sources or {})
+        frame, kept = Frame(at, self.turns(at, knobs), knobs, step, **sources or {}), {}
+        if arch.cond is not None:
+            condition = Condition(arch.cond, self.dtype, name="condition")
+            past: Any = None if state is None else state["condition"]
+            c, kept["condition"] = condition(x, frame, past, train)
+            frame = frame._replace(condition=c)
+            x = modulated(arch.cond, "token", x, frame)
         dual = arch.residual is not None and arch.residual.kind == "dual"
-        stream, kept = (x, x) if dual else (x,), {}
+        stream = (x, x) if dual else (x,)
         adapter, first = self.adapter(), 0
         unrouted = arch.depth_router.min_layers if arch.depth_router else 0
         for name, layers, loops in parts_of(arch, train):

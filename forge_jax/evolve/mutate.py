@@ -90,6 +90,7 @@ GENES = (
     ("kv_policy",),
     ("residual",),
     ("depth_router",),
+    ("cond",),
 )
 
 

@@ -6,6 +6,7 @@ children that are neither. Sizes move on coarse grids, so that compiled programs
 
 import random
 
+from forge_jax.evolve.conditions import condition
 from forge_jax.evolve.tree import Edit, Tree, divisors, mixers_of, other, pick, step_in
 
 WIDTHS = [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024]
@@ -386,5 +387,6 @@ EDITS: dict[str, Edit] = {
         *(width, depth, heads, kv_heads, stencil, window, softmax, value_glu, positions),
         *(no_positions, rope, swap_mixer, add_mixer, drop_mixer, merge, router, state),
         *(ffn_width, ffn_act, experts, norm, residual, recur, loops, schedule, depth_router, cache),
+        condition,
     )
 }

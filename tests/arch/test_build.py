@@ -24,6 +24,21 @@ MOE = {"kind": "moe", "mult": 1, "act": "geglu", "experts": 3, "topk": 2, "capac
 LOOPS = {"prelude": 1, "body": 1, "coda": 1, "loops": {"train": 3, "eval": 2}}
 
 
+POOLED = {
+    "source": {"kind": "pool-mlp", "H": 6},
+    "ops": [
+        {"where": "pre_mixer", "op": "film"},
+        {"where": "q", "op": "lora", "r": 2},
+        {"where": "token", "op": "add"},
+        {"where": "v", "op": "scale", "share": "per_head"},
+    ],
+}
+SEGMENTS = {
+    "source": {"kind": "segment", "segment": 3},
+    "ops": [{"where": "ln", "op": "scale"}, {"where": "proj_v", "op": "lora", "r": 2}],
+}
+
+
 def unit(kind, *choices, **more):
     return {"arch.mix_unit": {"kind": kind, "choices": list(choices), **more}}
 
@@ -57,6 +72,14 @@ DOCUMENTS = {
     "a moving latent of every second token": {
         "arch.pos.kind": "alibi",
         "arch.kv_policy": latents(heads=1, update={"kind": "ema", "freq": 2, "tau": 0.4}),
+    },
+    "Retention and attention on condition": {
+        **unit("par", A, R, merge="Add"),
+        "arch.cond": POOLED,
+    },
+    "latents on the condition of a segment": {
+        "arch.cond": SEGMENTS,
+        "arch.kv_policy": latents(update={"freq": 2}),
     },
     "DeepNet with xPos": {"arch.pos.kind": "xpos", "arch.residual": {"kind": "deepnet"}},
     "ResiDual whose tokens pass layers by": {
@@ -93,10 +116,17 @@ def test_decoding_is_the_full_pass_and_looks_back_only(name):
         assert not np.array_equal(changed[:, at], full[:, at])
 
 
-@pytest.mark.parametrize("policy", [{"cache": "ring", "window": 3}, latents(update={"freq": 4})])
-def test_a_prompt_may_come_in_parts(policy):
-    """A ring is overrun by the first part, a block of latents is cut by it."""
-    spec, network, params = random_network(edited({"arch.kv_policy": policy}))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arch.kv_policy": {"cache": "ring", "window": 3}},
+        {"arch.kv_policy": latents(update={"freq": 4})},
+        {"arch.cond": {**SEGMENTS, "source": {"kind": "segment", "segment": 4}}},
+    ],
+)
+def test_a_prompt_may_come_in_parts(changes):
+    """A ring is overrun by the first part, a block of latents or a segment is cut by it."""
+    spec, network, params = random_network(edited(changes))
     tokens = random_tokens(12)
     full = jitted(network.apply)(params, tokens)[0]
     cache = arch.init_cache(spec, 2, 12)

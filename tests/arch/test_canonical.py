@@ -9,6 +9,8 @@ from tests.arch.documents import edited
 
 MIXER = "arch.mix_unit.mixer"
 STENCIL = f"{MIXER}.stencil"
+FILM, ADD = {"where": "pre_mixer", "op": "film"}, {"where": "token", "op": "add"}
+LORA = {"where": "proj_q", "op": "lora", "r": 2}
 A, R = {"kind": "Attention", "heads": 4}, {"kind": "Retention", "heads": 2}
 
 
@@ -31,6 +33,15 @@ def looped(**schedule):
 
 def drawn(**schedule):
     return looped(kind="poisson_lognormal", mean=2, **schedule)
+
+
+def cond(*ops, source=None, **more):
+    source = source or {"kind": "pool-mlp"}
+    return {"arch.cond": {"source": source, "ops": list(ops), **more}}
+
+
+def segments(length, **more):
+    return cond(FILM, source={"kind": "segment", "segment": length}, **more)
 
 
 def fingerprint(changes):
@@ -78,6 +89,11 @@ SAME = [
     (looped(backprop=1), looped(backprop=1, min=2)),
     ({"arch.recurrence": {"body": 2, "loops": {"train": 5, "eval": 3}}}, looped(min=5)),
     (drawn(max=5), drawn(max=5, sigma=0.0, min=1)),
+    (cond(FILM), cond({**FILM, "share": "per_channel"}, source={"kind": "pool-mlp", "H": 16})),
+    (cond(FILM), cond({**FILM, "r": 4}, reg={"kind": "none", "kappa": 1})),
+    (cond(LORA), cond({**LORA, "where": "q", "share": "global"})),
+    (cond(FILM, ADD), cond(ADD, FILM)),
+    ({}, segments(32, reg={"kind": "freebits", "kappa": 1})),
 ]
 APART = [
     {},
@@ -93,6 +109,18 @@ APART = [
     looped(curriculum="linear", warmup_steps=5, min=2),
     drawn(max=5),
     drawn(max=6),
+    cond(FILM),
+    cond(FILM, FILM),
+    cond(FILM, {**FILM, "op": "add"}),
+    cond({**FILM, "op": "add"}, FILM),
+    cond(FILM, source={"kind": "pool-mlp", "H": 8}),
+    cond(FILM, reg={"kind": "freebits", "kappa": 0}),
+    cond(FILM, reg={"kind": "freebits", "kappa": 1}),
+    cond(LORA),
+    cond({**LORA, "where": "proj_v"}),
+    cond({**LORA, "r": 3}),
+    segments(3),
+    segments(4),
     {"arch.d_model": 32},
     {"arch.n_layers": 3},
     {f"{MIXER}.kv_heads": 1},

@@ -10,6 +10,18 @@ from tests.arch.documents import edited
 A = {"kind": "Attention", "heads": 4, "kv_heads": 2}
 R, S, C = {"kind": "Retention", "heads": 4}, {"kind": "SSM"}, {"kind": "LongConv"}
 F = {**A, "softmax": {"type": "kernel", "kernel": {"features": 32}}}
+PLACES = {
+    "source": {"kind": "segment", "segment": 8},
+    "ops": [
+        {"where": "token", "op": "add"},
+        {"where": "pre_mixer", "op": "film"},
+        {"where": "post_mixer", "op": "scale", "share": "global"},
+        {"where": "ln", "op": "film"},
+        {"where": "proj_q", "op": "lora", "r": 4},
+        {"where": "proj_v", "op": "film", "share": "per_head"},
+        {"where": "proj_v", "op": "lora", "r": 3},
+    ],
+}
 WIDE = edited({"arch.d_model": 64, "train.ctx_len": 64, "train.vocab_size": 128})
 
 
@@ -38,6 +50,13 @@ DOCUMENTS = [
     {"arch.ffn": {"kind": "moe", "mult": 1, "act": "swiglu", "experts": 3}},
     {"arch.kv_policy": {"cache": "latent", "latent": {"dim": 24, "heads": 1}}},
     {"arch.kv_policy": {"cache": "latent", "latent": {"dim": 24, "update": {"freq": 5}}}},
+    {"arch.cond": {**PLACES, "source": {"kind": "pool-mlp", "H": 24}}},
+    {**many("route", "Add", router={}), "arch.cond": PLACES},
+    {**unit(F), "arch.cond": PLACES},
+    {
+        "arch.cond": PLACES,
+        "arch.kv_policy": {"cache": "latent", "latent": {"dim": 24, "update": {"freq": 5}}},
+    },
     {"arch.residual": {"kind": "dual"}},
     {"arch.residual": {"kind": "deepnet"}},
     {"arch.residual": {"kind": "single", "post_ln": True}},

@@ -34,6 +34,10 @@ YARN = {"type": "yarn", "factor": 4}
 LONG = {"type": "longrope", "factor": 4, "longrope": {"alpha": 1, "beta": 1}}
 LATENT = {"cache": "latent", "latent": {"dim": 4}}
 DEEP = {"kind": "token", "budget": 0.5}
+COND = {"source": {"kind": "pool-mlp", "H": 6}, "ops": [{"where": "pre_mixer", "op": "film"}]}
+SEGMENTS = {**COND, "source": {"kind": "segment", "segment": 3}}
+FREE = {**COND, "reg": {"kind": "freebits", "kappa": 1}}
+LORA = {**COND, "ops": [{"where": "proj_q", "op": "lora", "r": 2}]}
 SSM = {"kind": "SSM", "heads": 2, "d_state": 4, "chunk": 4}
 RETENTION = {"kind": "Retention", "heads": 2, "chunk": 4}
 REFUSED = "refused"
@@ -65,7 +69,22 @@ CASES = {
     ("Arch", "kv_policy"): ({}, {"arch.kv_policy": {"quant": "int8"}}),
     ("Arch", "residual"): ({}, {"arch.residual": {"kind": "dual"}}),
     ("Arch", "recurrence"): ({}, {"arch.recurrence": LOOP}),
-    ("Arch", "cond"): (REFUSED, {"arch.cond": {}}),
+    ("Arch", "cond"): ({}, {"arch.cond": COND}),
+    ("Cond", "source"): ({"arch.cond": COND}, {"arch.cond.source": {"kind": "pool-mlp"}}),
+    ("Cond", "reg"): ({"arch.cond": COND}, {"arch.cond.reg": FREE["reg"]}),
+    ("Cond", "ops"): ({"arch.cond": COND}, {"arch.cond.ops": COND["ops"] * 2}),
+    ("CondSource", "kind"): (
+        {"arch.cond": SEGMENTS},
+        {"arch.cond.source.kind": "pool-mlp"},
+    ),
+    ("CondSource", "H"): ({"arch.cond": COND}, {"arch.cond.source.H": 7}),
+    ("CondSource", "segment"): ({"arch.cond": SEGMENTS}, {"arch.cond.source.segment": 4}),
+    ("CondReg", "kind"): ({"arch.cond": FREE}, {"arch.cond.reg.kind": "none"}),
+    ("CondReg", "kappa"): ({"arch.cond": FREE}, {"arch.cond.reg.kappa": 0}),
+    ("CondOp", "where"): ({"arch.cond": COND}, {"arch.cond.ops.0.where": "token"}),
+    ("CondOp", "op"): ({"arch.cond": COND}, {"arch.cond.ops.0.op": "scale"}),
+    ("CondOp", "share"): ({"arch.cond": COND}, {"arch.cond.ops.0.share": "global"}),
+    ("CondOp", "r"): ({"arch.cond": LORA}, {"arch.cond.ops.0.r": 3}),
     ("Arch", "hierarchy"): (REFUSED, {"arch.hierarchy": {"levels": [{"every": 2}]}}),
     ("Arch", "depth_router"): ({}, {"arch.depth_router": DEEP}),
     ("DepthRouter", "kind"): ({"arch.depth_router": DEEP}, {"arch.depth_router.kind": "none"}),
@@ -302,7 +321,7 @@ CASES = {
 }
 # Nodes that stand only below a field that is refused.
 BELOW_REFUSED = {
-    *("Cond", "CondSource", "CondReg", "CondOp", "Hierarchy", "HierarchyLevel"),
+    *("Hierarchy", "HierarchyLevel"),
 }
 
 

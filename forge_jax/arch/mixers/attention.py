@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from forge_jax.arch import positions, quantize, sizes
+from forge_jax.arch.conditioning import modulated
 from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.frame import Frame, source
 from forge_jax.arch.mixing import Attention
@@ -91,7 +92,8 @@ class AttentionMixer(nn.Module):
     def __call__(self, x, frame: Frame, state: State | None = None):
         mixer, at = self.mixer, frame.positions
         heads, size = sizes.heads_of(mixer, self.arch.d_model)
-        q = split_heads(linear("q", heads * size, self.dtype)(x), heads)
+        q = linear("q", heads * size, self.dtype)(x)
+        q = split_heads(modulated(self.arch.cond, "proj_q", q, frame, read=x, heads=heads), heads)
         q = self.placed("q", q, self.turns(frame, at)[0])
         k, v, slots, seen, state = self.past(source(x, frame, self.dtype), frame, state)
         mask = visible(mixer.stencil, at, slots, frame.knobs)
@@ -117,7 +119,8 @@ class AttentionMixer(nn.Module):
         heads, size = sizes.heads_of(self.mixer, self.arch.d_model)
         heads, at, slots = self.mixer.kv_heads or heads, frame.positions, frame.positions
         k = split_heads(linear("k", heads * size, self.dtype)(x), heads)
-        v = split_heads(linear("v", heads * size, self.dtype, self.gain)(x), heads)
+        v = linear("v", heads * size, self.dtype, self.gain)(x)
+        v = split_heads(modulated(self.arch.cond, "proj_v", v, frame, read=x, heads=heads), heads)
         k = self.placed("k", k, self.turns(frame, at)[1])
         if state is None:
             k, v = quantize.through(k, policy.quant), quantize.through(v, policy.quant)

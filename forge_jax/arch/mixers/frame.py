@@ -17,6 +17,7 @@ class Frame(NamedTuple):
     knobs: dict[str, Any]  # scalars that need no new program
     step: Int[Array, ""] | int  # training steps taken, for Performer's redraws
     live: Any = 1.0  # weight of the losses beside; 0 in a loop that is not taken
+    condition: Any = None  # (batch, time, H) of these tokens, where the document has one
     kv: Float[Array, "batch time width"] | None = None  # of other stages, in place of the tokens
     mem: Float[Array, "batch time width"] | None = None  # of other stages, besides
     ahead: Bool[Array, ""] | None = None  # given where tokens see later ones

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from forge_jax.arch import quantize, sizes
+from forge_jax.arch.conditioning import modulated, ops_at, width_of
 from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.attention import NOWHERE, AttentionMixer
 from forge_jax.arch.mixers.frame import Frame
@@ -22,6 +23,8 @@ class State(NamedTuple):
     latents: Any  # (batch, slots, dim), or quantize.Packed
     positions: Int[Array, " slots"]  # of the last token in each
     running: Float[Array, "batch dim"] | None  # of the last token, as it was before quantisation
+    # of the same tokens, where values are conditioned
+    conditions: Float[Array, "batch slots features"] | None = None
 
 
 def latent_of(arch: Arch) -> LatentCache | None:
@@ -38,7 +41,10 @@ def init_state(mixer: Attention, arch: Arch, batch: int, length: int, dtype: jnp
     empty = jnp.zeros((batch, slots, latent.dim), dtype)
     running = jnp.zeros((batch, latent.dim)) if latent.update else None
     places = jnp.full(slots, NOWHERE, jnp.int32)
-    return State(quantize.encode(empty, policy.quant), places, running)
+    conditions = None
+    if arch.cond is not None and ops_at(arch.cond, "proj_v"):
+        conditions = jnp.zeros((batch, slots, width_of(arch.cond)), dtype)
+    return State(quantize.encode(empty, policy.quant), places, running, conditions)
 
 
 def followed(
@@ -67,7 +73,9 @@ def followed(
     return out if before is None else out + keep * before[:, None]
 
 
-def written(state: State, latents: Any, running: Any, at: Int[Array, " time"], freq: int) -> State:
+def written(
+    state: State, latents: Any, running: Any, conditions: Any, at: Int[Array, " time"], freq: int
+) -> State:
     """The latent of the last token of each block that these tokens reach."""
     slots = jnp.arange(state.positions.shape[0])
     last = jnp.minimum(slots * freq + freq - 1, at[-1])
@@ -82,6 +90,7 @@ def written(state: State, latents: Any, running: Any, at: Int[Array, " time"], f
         jax.tree.map(put, state.latents, latents),
         jnp.where(reached, last, state.positions),
         None if running is None else running[:, -1],
+        None if state.conditions is None else put(state.conditions, conditions),
     )
 
 
@@ -113,9 +122,13 @@ class LatentMixer(AttentionMixer):
             parts = (state.latents, packed)
             unpacked = [quantize.decode(p, latent.dim, policy.quant, self.dtype) for p in parts]
             c, slots = jnp.concatenate(unpacked, axis=1), jnp.concatenate([state.positions, at])
-            state = written(state, packed, running, at, update.freq if update else 1)
+            own, kept = frame.condition, state.conditions
+            if kept is not None:
+                frame = frame._replace(condition=jnp.concatenate([kept, own], axis=1))
+            state = written(state, packed, running, own, at, update.freq if update else 1)
         k = split_heads(linear("k", heads * size, self.dtype)(c), heads)
-        v = split_heads(linear("v", heads * size, self.dtype, self.gain)(c), heads)
+        v = linear("v", heads * size, self.dtype, self.gain)(c)
+        v = split_heads(modulated(self.arch.cond, "proj_v", v, frame, read=c, heads=heads), heads)
         seen = None
         if update is not None:
             seen = (slots % update.freq == update.freq - 1) | (slots == at[:, None])

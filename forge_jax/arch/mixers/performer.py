@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from forge_jax.arch import positions, sizes
+from forge_jax.arch.conditioning import modulated
 from forge_jax.arch.decay import State, decayed
 from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.frame import Frame, source
@@ -67,10 +68,13 @@ class PerformerMixer(nn.Module):
         assert softmax.kernel is not None
         heads, size = sizes.heads_of(mixer, self.arch.d_model)
         kv_heads = mixer.kv_heads or heads
-        q = split_heads(linear("q", heads * size, self.dtype)(x), heads)
-        asked = source(x, frame, self.dtype)
+        cond, asked = self.arch.cond, source(x, frame, self.dtype)
+        q = linear("q", heads * size, self.dtype)(x)
+        q = split_heads(modulated(cond, "proj_q", q, frame, read=x, heads=heads), heads)
         k = split_heads(linear("k", kv_heads * size, self.dtype)(asked), kv_heads)
-        v = split_heads(linear("v", kv_heads * size, self.dtype, self.gain)(asked), kv_heads)
+        v = linear("v", kv_heads * size, self.dtype, self.gain)(asked)
+        v = modulated(cond, "proj_v", v, frame, read=asked, heads=kv_heads)
+        v = split_heads(v, kv_heads)
         if softmax.qk_norm != "none":
             make = nn.RMSNorm if softmax.qk_norm == "rms" else nn.LayerNorm
             q = make(epsilon=1e-6, dtype=self.dtype, name="q_norm")(q)

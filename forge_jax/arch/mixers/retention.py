@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from forge_jax.arch import sizes
+from forge_jax.arch.conditioning import modulated
 from forge_jax.arch.decay import State, decayed
 from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.frame import Frame, source
@@ -36,11 +37,13 @@ class RetentionMixer(nn.Module):
     @nn.compact
     def __call__(self, x, frame: Frame, state: State | None = None):
         heads, size = sizes.heads_of(self.mixer, self.arch.d_model)
-        width = heads * size
-        q = split_heads(linear("q", width, self.dtype)(x), heads)
+        width, cond = heads * size, self.arch.cond
+        q = linear("q", width, self.dtype)(x)
+        q = split_heads(modulated(cond, "proj_q", q, frame, read=x, heads=heads), heads)
         asked = source(x, frame, self.dtype)
         k = split_heads(linear("k", width, self.dtype)(asked), heads) * size**-0.5
-        v = split_heads(linear("v", width, self.dtype, self.gain)(asked), heads)
+        v = linear("v", width, self.dtype, self.gain)(asked)
+        v = split_heads(modulated(cond, "proj_v", v, frame, read=asked, heads=heads), heads)
         decay = np.log1p(-(2.0 ** (-5 - np.arange(heads)))).astype(np.float32)
         log_decay = jnp.broadcast_to(decay[:, None], (1, heads, x.shape[1]))
         chunk = 1 if self.mixer.mode == "recurrent" else self.mixer.chunk
