@@ -59,7 +59,8 @@ def _mean(outs: dict[str, Any], names: tuple[str, ...]) -> Any:
 class Network(nn.Module):
     """Next-token logits; take it from `build`, which brings the document to canonical form.
 
-    Losses beside the cross entropy (balance of routers) are sown into the collection "losses".
+    Losses beside the cross entropy (balance of routers, free bits) are sown into the collection
+    "losses".
     """
 
     arch: Arch
@@ -81,9 +82,10 @@ class Network(nn.Module):
         """Logits, and the cache with these tokens in it.
 
         `knobs` replaces the document's scalars (`knobs(spec)` gives them); `train` takes the
-        training loops, as many as their schedule draws, adds the recurrence's noise and infers
-        latents: for these `rngs={"noise": key}` is needed; `step` counts training steps. In use
-        latents are drawn by `rngs={"latent": key}`, always the same ones without.
+        training loops, as many as their schedule draws, adds the noise of the recurrence and of a
+        condition with free bits, and infers latents: for these `rngs={"noise": key}` is needed;
+        `step` counts training steps. In use latents are drawn by `rngs={"latent": key}`, always the
+        same ones without.
 
         Raises:
           ValueError: there are more tokens than the context holds.

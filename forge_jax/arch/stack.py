@@ -68,7 +68,8 @@ def _where(condition, one, two):
 class Stack(nn.Module):
     """The layers of a canonical architecture, ending with a norm.
 
-    Losses beside the cross entropy (balance of routers) are sown into the collection "losses".
+    Losses beside the cross entropy (balance of routers, free bits) are sown into the collection
+    "losses".
     """
 
     arch: Arch

@@ -107,8 +107,11 @@ class CondSource(Node):
     """Where the condition comes from."""
 
     kind: Literal["pool-mlp", "segment"]
+    """the mean of all tokens so far, or of the last segment that has ended; then two layers"""
     H: PositiveInt | None = None
+    """features of the condition, 16 by default"""
     segment: PositiveInt | None = None
+    """tokens of a segment (segment)"""
 
 
 class CondReg(Node):
@@ -116,15 +119,20 @@ class CondReg(Node):
 
     kind: Literal["freebits", "none"]
     kappa: NonNegative | None = None
+    """bits per token that cost nothing (freebits)"""
 
 
 class CondOp(Node):
     """What the condition does, and where."""
 
     where: Literal["pre_mixer", "post_mixer", "ln", "proj_q", "proj_v", "q", "v", "token"]
+    """what the mixers read or give, the norms before both sublayers, queries, values, the input"""
     op: Literal["film", "add", "scale", "lora"]
+    """y (1 + g) + b, y + b, y (1 + g), or a low-rank map beside a projection"""
     share: Literal["global", "per_channel", "per_head"] | None = None
+    """which features share a number, none by default (film, add, scale)"""
     r: PositiveInt | None = None
+    """rank (lora)"""
 
 
 class Cond(Node):
