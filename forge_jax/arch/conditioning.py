@@ -114,7 +114,8 @@ class Condition(nn.Module):
         before = init_past(self.cond, x.shape[0], x.shape[-1]) if past is None else past
         means, after = pooled(x, frame.positions, frame.knobs.get("segment"), before)
         width, exact = width_of(self.cond), jnp.dtype("float32")
-        c = linear("out", width, exact)(nn.silu(linear("in", width, exact)(means)))
+        hidden: Any = nn.silu(linear("in", width, exact)(means))
+        c = linear("out", width, exact)(hidden)
         if train and self.cond.reg is not None:
             excess = (c**2).sum(-1) / 2 - frame.knobs["kappa"] * jnp.log(2.0)
             self.sow("losses", "condition", jnp.maximum(excess, 0.0).mean())

@@ -113,7 +113,7 @@ CASES = {
             "recurrence": {"body": 1, "loops": {"train": 2}},
         }.items()
     },
-    ("Module", "cond"): (REFUSED, PIPED | {f"{LOWER}.cond": {}}),
+    ("Module", "cond"): (PIPED, {f"{LOWER}.cond": COND}),
     ("Module", "hierarchy"): (REFUSED, PIPED | {f"{LOWER}.hierarchy": {"levels": [{"every": 2}]}}),
     ("Module", "latent"): (REFUSED, PIPED | {"arch.modules.bits.latent": {"bits": 4}}),
     ("Module", "output_dim"): (REFUSED, PIPED | {"arch.modules.logits.output_dim": 12}),
