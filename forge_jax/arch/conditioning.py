@@ -114,8 +114,7 @@ class Condition(nn.Module):
         before = init_past(self.cond, x.shape[0], x.shape[-1]) if past is None else past
         means, after = pooled(x, frame.positions, frame.knobs.get("segment"), before)
         width, exact = width_of(self.cond), jnp.dtype("float32")
-        hidden: Any = nn.silu(linear("in", width, exact)(means))
-        c = linear("out", width, exact)(hidden)
+        c = linear("out", width, exact)(nn.silu(linear("in", width, exact)(means)))
         if train and self.cond.reg is not None:
             excess = (c**2).sum(-1) / 2 - frame.knobs["kappa"] * jnp.log(2.0)
             self.sow("losses", "condition", jnp.maximum(excess, 0.0).mean())
@@ -144,6 +143,7 @@ def modulated(
         at = f"{name}_{where}_{i}"
         if op.op == "lora":
             assert op.r is not None
+            assert read is not None
             inner = linear(f"{at}_a", op.r, y.dtype)(read)
             inner = inner * linear(f"{at}_s", op.r, y.dtype)(frame.condition)
             y = y + linear(f"{at}_b", y.shape[-1], y.dtype, SMALL)(inner)
