@@ -178,7 +178,7 @@ def test_free_bits():
         for k in (0.0, 2.0)
     )
     assert arch.compile_key(one) == arch.compile_key(two)
-    assert arch.knobs(two)["kappa"] == 2.0
+    assert arch.knobs(two)["stack"]["kappa"] == 2.0
 
 
 def test_segments_share_one_program():
