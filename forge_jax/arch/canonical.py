@@ -7,6 +7,7 @@ from typing import Any
 
 from forge_jax.arch import sizes
 from forge_jax.arch.conditioning import canonical_cond
+from forge_jax.arch.levels import canonical_hierarchy
 from forge_jax.arch.loops import most_loops
 from forge_jax.arch.mixing import Attention, LongConv, Mixer, Retention, RouteUnit
 from forge_jax.arch.parse import from_dict
@@ -50,6 +51,7 @@ def _stack(arch: Arch, context: int) -> Tree:
         "residual": _residual(arch.residual, arch.n_layers),
         "recurrence": _recurrence(arch),
         "depth_router": _depth(arch.depth_router, arch.n_layers),
+        "hierarchy": canonical_hierarchy(arch),
     }
     out["ffn"]["mult"] = sizes.hidden_of(arch.ffn, arch.d_model) / arch.d_model
     return {k: v for k, v in out.items() if v is not None}

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from forge_jax.arch import conditioning, quantize, sizes
 from forge_jax.arch.canonical import canonical
 from forge_jax.arch.ffn import GATED
+from forge_jax.arch.hierarchy import streams_of
+from forge_jax.arch.levels import Level, runs_of
 from forge_jax.arch.mixers import longconv, ssm
 from forge_jax.arch.mixers.latent import latent_of
 from forge_jax.arch.mixing import SSM, Attention, Mixer, Retention, RouteUnit
@@ -85,10 +87,7 @@ def _step(step: Step, context: int, time: int) -> tuple[float, float, float]:
 def _stack(arch: Arch, context: int, time: int, memory: bool) -> tuple[float, float, float]:
     """The same of a stack."""
     d, residual = arch.d_model, arch.residual or Residual()
-    block, ends, adapter = _block(arch, time), _Part(), _Part()
-    if memory:
-        each = _linear(d, d, time) + _Part(0, time * d)
-        block += each.times(len(sizes.mixers(arch.mix_unit)))
+    ends, adapter = _Part(), _Part()
     if residual.kind != "deepnet":
         ends += _norm(arch, time)
     if arch.pos.kind == "learned":
@@ -103,23 +102,24 @@ def _stack(arch: Arch, context: int, time: int, memory: bool) -> tuple[float, fl
     for train in (False, True):
         parts = parts_of(arch, train)
         again = sum(part.loops - 1 for part in parts)
-        layers = sum(part.layers * part.loops for part in parts)
-        flops.append(ends.flops + block.flops * layers + adapter.flops * again)
-    return ends.params + block.params * arch.n_layers, *flops
+        levels = _levels(arch, train)
+        layers = sum(n * _layer(arch, level, time, memory).flops for n, level in levels)
+        flops.append(ends.flops + layers + adapter.flops * again)
+    params = ends.params
+    for run in runs_of(arch, 0, arch.n_layers):
+        params += run.layers * _layer(arch, run.level, time, memory).params
+    return params, *flops
 
 
 def _cache(arch: Arch, time: int, width: int) -> tuple[float, float]:
     """Bytes that a token adds to a stack's cache, and that it holds after `time` tokens."""
-    layers = sum(part.layers * part.loops for part in parts_of(arch, train=False))
-    kv = layers * sum(_kv(m, arch, width) for m in sizes.mixers(arch.mix_unit))
-    state = layers * sum(_state(m, arch, width) for m in sizes.mixers(arch.mix_unit))
+    if arch.kv_policy and arch.kv_policy.cache == "none":
+        return 0.0, 0.0
+    held = [(n, *_held(arch, level, time, width)) for n, level in _levels(arch, train=False)]
+    kv, kept = sum(n * each for n, each, _ in held), sum(n * whole for n, _, whole in held)
     if arch.cond is not None:
-        state += 4 * arch.d_model * (2 if conditioning.segmented(arch.cond) else 1)
-    policy = arch.kv_policy or KVPolicy()
-    slots = min(time, policy.window or time)
-    if policy.latent and policy.latent.update:
-        slots = -(-time // policy.latent.update.freq) * policy.latent.update.freq
-    return (0.0, 0.0) if policy.cache == "none" else (kv, kv * slots + state)
+        kept += 4 * arch.d_model * (2 if conditioning.segmented(arch.cond) else 1)
+    return kv, kept
 
 
 def over_budget(
@@ -152,6 +152,42 @@ def over_budget(
     return tuple(out)
 
 
+def _levels(arch: Arch, train: bool) -> list[tuple[int, Level | None]]:
+    """How many layers are computed on each level."""
+    out, first = [], 0
+    for _, layers, loops in parts_of(arch, train):
+        runs = runs_of(arch, first, layers)
+        out += [(run.layers * loops, run.level) for run in runs]
+        first += layers
+    return out
+
+
+def _layer(arch: Arch, level: Level | None, time: int, memory: bool) -> _Part:
+    """One layer; a coarse one works on complete blocks, and hands back what it changed there."""
+    if level is None:
+        return _block(arch, time, memory)
+    blocks, d, streams = time // level.tokens, arch.d_model, streams_of(arch)
+    block = _block(arch, blocks, memory) if blocks else _Part(_block(arch, 1, memory).params)
+    around = _Part(0, streams * d * (2 * time + 2 * blocks))
+    if not level.up_proj:
+        return block + around
+    return block + around + _Part(d**2, streams * 2 * blocks * d**2)
+
+
+def _held(arch: Arch, level: Level | None, time: int, width: int) -> tuple[float, float]:
+    """Bytes of one layer: that a token adds, and after `time` of them."""
+    mixers, each = sizes.mixers(arch.mix_unit), level.tokens if level else 1
+    kv = sum(_kv(m, arch, width) for m in mixers)
+    state = sum(_state(m, arch, width) for m in mixers)
+    if level:
+        state += streams_of(arch) * arch.d_model * (4 + width)
+    policy, slots = arch.kv_policy or KVPolicy(), -(-time // each)
+    if policy.latent and policy.latent.update:
+        freq = policy.latent.update.freq
+        slots = -(-slots // freq) * freq
+    return kv / each, kv * min(slots, policy.window or slots) + state
+
+
 def _linear(rows: int, columns: int, time: int) -> _Part:
     return _Part(rows * columns, 2 * time * rows * columns)
 
@@ -166,12 +202,15 @@ def _norm(arch: Arch, time: int) -> _Part:
     return _Part(params, (7 if arch.norm == "LayerNorm" else 4) * time * arch.d_model)
 
 
-def _block(arch: Arch, time: int) -> _Part:
+def _block(arch: Arch, time: int, memory: bool) -> _Part:
     residual = arch.residual or Residual()
     both = residual.kind == "single" and residual.pre_ln is not False and residual.post_ln
     neither = residual.kind == "single" and residual.pre_ln is False and not residual.post_ln
     norms = 4 if both else 0 if neither else 2
     adds = _Part(0, 2 * time * arch.d_model)
+    if memory:
+        each = _linear(arch.d_model, arch.d_model, time) + _Part(0, time * arch.d_model)
+        adds += each.times(len(sizes.mixers(arch.mix_unit)))
     if arch.depth_router:
         adds += _linear(arch.d_model, 1, time) + _Part(0, 3 * time * arch.d_model)
     for place in ("pre_mixer", "post_mixer", "ln", "ln"):

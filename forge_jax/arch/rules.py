@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from forge_jax.arch import conditioning, graph, sizes
+from forge_jax.arch import conditioning, graph, levels, sizes
 from forge_jax.arch.mixing import (
     SSM,
     Attention,
@@ -48,9 +48,14 @@ def placed_mixers(arch: Arch) -> Iterator[tuple[Path, Mixer]]:
 
 def problems(spec: Spec) -> list[Finding]:
     """Why the document cannot be built."""
+
+    def stack(arch: Arch) -> Iterator[Finding]:
+        yield from _stack(arch)
+        yield from levels.problems(arch, spec.train.ctx_len)
+
     if spec.arch.pipeline is None:
-        return [*_stack(spec.arch), *_train(spec)]
-    return [*graph.problems(spec), *_each_module(spec.arch, _stack), *_train(spec)]
+        return [*stack(spec.arch), *_train(spec)]
+    return [*graph.problems(spec), *_each_module(spec.arch, stack), *_train(spec)]
 
 
 def _each_module(arch: Arch, check: Callable[[Arch], Iterable[Finding]]) -> Iterator[Finding]:
@@ -203,9 +208,6 @@ def _train(spec: Spec) -> Iterator[Finding]:
 def _unbuilt(arch: Arch) -> Iterator[Finding]:
     """Fields of the language that no code builds: refused, never passed over."""
     never = "is not supported"
-    for name in ("hierarchy",):
-        if getattr(arch, name) is not None:
-            yield ("arch", name), never
     if arch.depth_router and arch.depth_router.kind == "layer":
         reason = f"layer {never}: what a whole sequence passes by hangs on tokens to come"
         yield ("arch", "depth_router", "kind"), reason
@@ -229,6 +231,7 @@ def notes(spec: Spec) -> list[Finding]:
 
     def idle(arch: Arch) -> Iterator[Finding]:
         yield from _idle(arch)
+        yield from levels.notes(arch)
         yield from conditioning.notes_of(arch, spec.train.ctx_len)
 
     found = [*graph.notes(spec.arch)]

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from forge_jax.arch import positions, sizes
-from forge_jax.arch.block import Block, init_state
+from forge_jax.arch.block import Block
 from forge_jax.arch.conditioning import Condition, init_past, modulated
+from forge_jax.arch.hierarchy import Coarse, in_runs, init_run
 from forge_jax.arch.layers import linear, make_norm
+from forge_jax.arch.levels import Level, runs_of
 from forge_jax.arch.loops import loop_count
 from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.mixers.latent import latent_of
@@ -21,7 +23,8 @@ from forge_jax.arch.structure import Loops, Residual, Schedule
 State = dict[str, tuple[Any, ...]]
 """What decoding keeps: per part, and per loop of the body, the layers' states (layers, ...).
 
-Besides, under "condition", what the source of the condition keeps.
+With a hierarchy those of a part are a tuple, one entry per run of equal layers. Besides, under
+"condition", what the source of the condition keeps.
 """
 
 
@@ -50,11 +53,12 @@ def parts_of(arch: Arch, train: bool) -> list[Part]:
 
 def init_stack(arch: Arch, batch: int, length: int, dtype: jnp.dtype) -> State:
     """The states of a stack that has read nothing, with room for `length` tokens."""
-    state = init_state(arch, batch, length, dtype)
-    out = {}
+    out, first = {}, 0
     for name, layers, loops in parts_of(arch, train=False):
-        one = jax.tree.map(lambda x, n=layers: jnp.broadcast_to(x, (n, *x.shape)), state)
-        out[name] = (one,) * loops
+        runs = runs_of(arch, first, layers)
+        states = tuple(init_run(arch, run, batch, length, dtype) for run in runs)
+        out[name] = (states if arch.hierarchy else states[0],) * loops
+        first += layers
     if arch.cond is not None:
         out["condition"] = init_past(arch.cond, batch, arch.d_model)
     return out
@@ -108,7 +112,8 @@ class Stack(nn.Module):
         adapter, first = self.adapter(), 0
         unrouted = arch.depth_router.min_layers if arch.depth_router else 0
         for name, layers, loops in parts_of(arch, train):
-            stack, always = self.layers(name, layers), jnp.arange(first, first + layers) < unrouted
+            stack = self.part(name, first, layers, knobs)
+            always = jnp.arange(first, first + layers) < unrouted
             first += layers
             if name == "body" and train and "noise" in knobs:
                 stream = self.noisy(stream, knobs["noise"])
@@ -128,17 +133,26 @@ class Stack(nn.Module):
             kept[name], frame = tuple(states), frame._replace(live=1.0)
         return self.joined(stream), None if state is None else kept
 
-    def layers(self, name: str, layers: int) -> Any:
+    def part(self, name: str, first: int, layers: int, knobs: dict[str, Any]) -> Any:
+        """The layers after the `first` ones: one scan, or one of each run in a hierarchy."""
+        if self.arch.hierarchy is None:
+            return self.layers(name, layers)
+        runs = runs_of(self.arch, first, layers)
+        scans = [self.layers(f"{name}_{run.first + 1}", run.layers, run.level) for run in runs]
+        return in_runs(runs, scans, self.turns(jnp.arange(self.context), knobs))
+
+    def layers(self, name: str, layers: int, level: Level | None = None) -> Any:
         """Equal layers as one scan, which compiles one of them."""
         scanned = nn.scan(
-            Block,
+            Block if level is None else Coarse,
             variable_axes={"params": 0, "losses": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType]
             length=layers,
             unroll=layers if self.unroll else 1,
         )
-        return scanned(self.arch, self.dtype, name=name)
+        own = () if level is None else (level,)
+        return scanned(self.arch, self.dtype, *own, name=name)
 
     def turns(self, at, knobs) -> Any:
         """Per mixer the rotations of its heads, or None; of all positions for a latent cache."""

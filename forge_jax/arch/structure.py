@@ -156,11 +156,14 @@ class Residual(Node):
 
 
 class HierarchyLevel(Node):
-    """A coarser level of the stack."""
+    """Layers that work on blocks of tokens."""
 
     every: PositiveInt
+    """the layers whose number, from 1, is a multiple; of several levels the largest decides"""
     downsample: Fraction | None = None
+    """1 over the tokens of a block, 0.5 by default"""
     up_proj: bool = False
+    """map linearly what the tokens get back"""
 
 
 class Hierarchy(Node):

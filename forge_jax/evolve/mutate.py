@@ -91,6 +91,7 @@ GENES = (
     ("residual",),
     ("depth_router",),
     ("cond",),
+    ("hierarchy",),
 )
 
 

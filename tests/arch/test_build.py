@@ -86,6 +86,24 @@ DOCUMENTS = {
         "arch.residual": {"kind": "dual"},
         "arch.depth_router": {"kind": "token", "budget": 0.5, "min_layers": 1},
     },
+    "coarse layers with alibi and Retention": {
+        **unit("par", A, R, merge="WeightedAdd"),
+        "arch.pos.kind": "alibi",
+        "arch.hierarchy": {"levels": [{"every": 2, "downsample": 1 / 3}]},
+    },
+    "coarse layers in loops, with experts": {
+        "arch.n_layers": 3,
+        "arch.ffn": MOE,
+        "arch.recurrence": LOOPS,
+        "arch.hierarchy": {"levels": [{"every": 2}]},
+    },
+    "two levels of ResiDual": {
+        "arch.n_layers": 4,
+        "arch.residual": {"kind": "dual"},
+        "arch.hierarchy": {
+            "levels": [{"every": 2, "up_proj": True}, {"every": 4, "downsample": 0.25}]
+        },
+    },
 }
 
 

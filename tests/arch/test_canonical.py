@@ -26,6 +26,13 @@ def depth(**fields):
     return {"arch.depth_router": {"kind": "token", "budget": 0.5, **fields}}
 
 
+def coarse(*levels):
+    """Four layers with levels (every, downsample, and whether changes are mapped)."""
+    names = ("every", "downsample", "up_proj")
+    rows = [dict(zip(names, level, strict=False)) for level in levels]
+    return {"arch.n_layers": 4, "arch.hierarchy": {"levels": rows}}
+
+
 def looped(**schedule):
     loops = {"train": 3} | ({"schedule": schedule} if schedule else {})
     return {"arch.recurrence": {"body": 2, "loops": loops}}
@@ -94,6 +101,10 @@ SAME = [
     (cond(LORA), cond({**LORA, "where": "q", "share": "global"})),
     (cond(FILM, ADD), cond(ADD, FILM)),
     ({}, segments(32, reg={"kind": "freebits", "kappa": 1})),
+    ({"arch.n_layers": 4}, coarse((2, 1.0), (5, 0.5))),
+    (coarse((2,)), coarse((2, 0.5, False), (4, 0.5))),
+    (coarse((2, 0.5), (4, 0.25)), coarse((4, 0.25), (2,), (3, 0.9999999))),
+    (coarse((3, 1 / 3)), coarse((3, 0.33333333))),
 ]
 APART = [
     {},
@@ -121,6 +132,12 @@ APART = [
     cond({**LORA, "r": 3}),
     segments(3),
     segments(4),
+    {"arch.n_layers": 4},
+    coarse((2,)),
+    coarse((2, 0.25)),
+    coarse((2, 0.5, True)),
+    coarse((2,), (4, 0.25)),
+    coarse((1,)),
     {"arch.d_model": 32},
     {"arch.n_layers": 3},
     {f"{MIXER}.kv_heads": 1},

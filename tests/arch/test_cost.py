@@ -67,6 +67,24 @@ DOCUMENTS = [
         "arch.recurrence": {"body": 2, "adapter": "concat_linear", "loops": {"train": 2}},
         "arch.residual": {"kind": "dual"},
     },
+    {"arch.hierarchy": {"levels": [{"every": 2, "downsample": 0.25}]}},
+    {
+        "arch.n_layers": 4,
+        "arch.residual": {"kind": "dual"},
+        "arch.hierarchy": {
+            "levels": [
+                {"every": 2, "up_proj": True},
+                {"every": 3, "downsample": 0.2, "up_proj": True},
+            ]
+        },
+        "arch.kv_policy": {"cache": "window", "window": 20},
+    },
+    {
+        "arch.n_layers": 3,
+        "arch.hierarchy": {"levels": [{"every": 1}]},
+        "arch.recurrence": {"prelude": 1, "body": 2, "loops": {"train": 3, "eval": 2}},
+        "arch.kv_policy": {"cache": "latent", "latent": {"dim": 24, "update": {"freq": 5}}},
+    },
 ]
 
 

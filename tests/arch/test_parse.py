@@ -91,6 +91,21 @@ def test_all_problems_come_at_once():
         ({"arch.recurrence.body": 1}, r"must be n_layers 2, got 1"),
         ({"arch.residual": {"kind": "dual", "pre_ln": False}}, r"dual has both norms"),
         ({"arch.pos.rope": {"dims": 3}}, r"dims: .*multiple of 2"),
+        ({"arch.hierarchy.levels": []}, r"hierarchy\.levels: .*at least 1"),
+        ({"arch.hierarchy.levels": [{"every": 2}] * 2}, r"levels\[1\]\.every: must differ"),
+        (
+            {"arch.hierarchy.levels": [{"every": 2, "downsample": 0.3}]},
+            r"levels\[0\]\.downsample: must be 1 over a whole number of tokens, got 0\.3",
+        ),
+        (
+            {"arch.hierarchy.levels": [{"every": 2, "downsample": 1 / 33}]},
+            r"downsample: makes blocks longer than train\.ctx_len 32",
+        ),
+        ({"arch.hierarchy.levels": [{"every": 2, "downsample": 1e-320}]}, "longer than"),
+        (
+            {"arch.n_layers": 10**9, "arch.hierarchy.levels": [{"every": 2}]},
+            "at most 4096 layers",
+        ),
         ({"train.betas": [0.9, 1.0]}, r"train\.betas\[1\]: must lie in"),
         ({"arch.pos.rope.scaling": {"type": "longrope", "factor": 2}}, r"longrope: goes with"),
     ],
@@ -108,6 +123,9 @@ def test_alibi_needs_attention():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"arch.hierarchy.levels": [{"every": 3}]}, "has no effect on 2 layers"),
+        ({"arch.hierarchy.levels": [{"every": 1}, {"every": 2}]}, "levels[1]: has no effect: its"),
+        ({"arch.hierarchy.levels": [{"every": 2, "downsample": 1}]}, "blocks have one token"),
         ({"arch.pos.rope.dims": 64}, "arch.pos.rope.dims: cut to the head's 4, got 64"),
         ({"arch.pos": {"kind": "alibi", "rope": {}}}, "no effect on alibi"),
         ({f"{ATTENTION}.stencil": {"kind": "full", "window": 4}}, "no effect on a full stencil"),

@@ -25,12 +25,25 @@ def decoded(spec, network, params, **rngs):
     return jax.lax.scan(one, cache, TOKENS.T)[1].swapaxes(0, 1)
 
 
-def test_decoding_is_the_full_pass_and_nothing_looks_ahead_in_use():
-    spec, network, params = random_network(PIPELINE)
+# Stages that read others in layers on blocks of tokens, and with a condition of their own.
+COARSE = {
+    "arch.modules.upper.n_layers": 2,
+    "arch.modules.upper.hierarchy": {"levels": [{"every": 2, "downsample": 1 / 3}]},
+    "arch.modules.upper.cond": {
+        "source": {"kind": "pool-mlp", "H": 4},
+        "ops": [{"where": "proj_v", "op": "lora", "r": 2}, {"where": "ln", "op": "film"}],
+    },
+}
+
+
+@pytest.mark.parametrize("changes", [{}, COARSE], ids=["plain", "coarse"])
+def test_decoding_is_the_full_pass_and_nothing_looks_ahead_in_use(changes):
+    spec, network, params = random_network(edited(changes, PIPELINE))
     key = jax.random.key(3)
     full = jitted(lambda tokens, key: network.apply(params, tokens, rngs={"latent": key})[0])
     one_by_one = jitted(lambda key: decoded(spec, network, params, latent=key))(key)
     np.testing.assert_allclose(one_by_one, full(TOKENS, key), atol=2e-4)
+    assert sum(x.size for x in jax.tree.leaves(params)) == arch.cost(spec).params
     for at in range(1, 12):
         changed = full(TOKENS.at[:, at].add(1) % 11, key)
         np.testing.assert_array_equal(changed[:, :at], full(TOKENS, key)[:, :at])
