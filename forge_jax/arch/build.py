@@ -99,7 +99,8 @@ class Network(nn.Module):
         outs, kept = {EMBEDDING: x}, {}
         # what infers latents has parameters too, though it runs in training only
         inferring = train or self.is_initializing()
-        modules = {s.module: self.module(s) for s in active(arch, inferring)}
+        first = {s.module: s for s in reversed(active(arch, inferring))}
+        modules = {name: self.module(s) for name, s in first.items()}
         for s in active(arch, inferring):
             module, x = modules[s.module], _mean(outs, s.inputs if inferring or not s.code else ())
             if isinstance(module, LatentSampler):

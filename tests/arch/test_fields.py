@@ -106,7 +106,10 @@ CASES = {
     },
     ("Arch", "modules"): (PIPED, {f"{LOWER}.n_layers": 2}),
     ("Arch", "pipeline"): ({}, PIPED),
-    ("Module", "kind"): (PIPED, {"arch.modules.bits": PIPED["arch.modules"]["lower"]}),
+    ("Module", "kind"): (
+        PIPED | {"arch.modules.encoder.params": None},
+        {"arch.modules.bits": PIPED["arch.modules"]["lower"]},
+    ),
     ("Module", "d_model"): (REFUSED, PIPED | {f"{LOWER}.d_model": 8}),
     **{
         ("Module", name): (PIPED, {f"{LOWER}.{name}": value})

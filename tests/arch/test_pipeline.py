@@ -211,6 +211,18 @@ def test_what_a_stage_reads_is_what_the_stages_gave():
     np.testing.assert_allclose(jitted(network.apply)(params, TOKENS)[0], wanted, atol=2e-4)
 
 
+def test_stages_of_one_module_share_their_weights():
+    twice = staged({"name": "a", "module": "m"}, {"name": "b", "module": "m"}, m=stack())
+    again = staged({"name": "a", "module": "m", "repeat": 2}, m=stack())
+    _, one, params = random_network(twice)
+    two = arch.build(arch.from_dict(again))
+    shared = jitted(lambda p: (one.apply(p, TOKENS)[0], two.apply(p, TOKENS)[0]))(params)
+    np.testing.assert_allclose(*shared, atol=1e-5)
+    spec = arch.from_dict(twice)
+    assert arch.cost(spec).params == arch.cost(arch.from_dict(again)).params
+    assert arch.cost(spec).params == sum(x.size for x in jax.tree.leaves(params))
+
+
 P = "arch.pipeline"
 WRONG = [
     ({f"{P}.3.inputs": ["nobody"]}, r"arch\.pipeline\[3\]\.inputs: nobody is no earlier stage"),
