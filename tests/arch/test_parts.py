@@ -1,5 +1,6 @@
 """Stencils, positions, quantised values and norms against plain definitions."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,8 @@ from forge_jax import arch
 from forge_jax.arch import positions, quantize, sizes
 from forge_jax.arch.ffn import balance_loss, keep_largest
 from forge_jax.arch.knobs import arch_knobs
-from forge_jax.arch.layers import make_norm
+from forge_jax.arch.layers import Linear, make_norm
+from forge_jax.arch.mixers.attention import averaged
 from forge_jax.arch.stencils import visible
 from forge_jax.arch.structure import LongRope, Scaling
 from tests.arch.documents import edited
@@ -124,3 +126,33 @@ def test_balance_is_least_for_an_even_load():
     assert float(balance_loss(skewed, first)) == pytest.approx(2.8)
     pushed = jax.grad(lambda p: balance_loss(p, keep_largest(p, 1)))(skewed)
     assert (pushed[:, 0] > pushed[:, 1]).all()
+
+
+def test_linear_maps_and_softmax_have_the_gradients_of_their_formulas():
+    """Both bring backward passes of their own."""
+    rng = np.random.default_rng(2)
+    x, w, back = (jnp.asarray(rng.standard_normal(s)) for s in ((2, 5, 3), (3, 4), (2, 5, 4)))
+    module = Linear(4, jnp.dtype("float32"))
+
+    def mapped(x, w):
+        return (module.apply({"params": {"kernel": w}}, x) * back).sum()
+
+    got = jax.grad(mapped, (0, 1))(x, w)
+    wanted = jax.grad(lambda x, w: (x @ w * back).sum(), (0, 1))(x, w)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5)
+    scores, v = (jnp.asarray(rng.standard_normal(s)) for s in ((2, 3, 2, 4, 5), (2, 3, 5, 6)))
+    back = jnp.asarray(rng.standard_normal((2, 3, 2, 4, 6)))
+    scores = 3 * scores.at[..., 4].set(-1e30)
+
+    def plain(scores, v):
+        return jnp.einsum("bhgts,bhsd->bhgtd", jax.nn.softmax(scores), v)
+
+    for f in (lambda x: x, lambda x: x.astype(jnp.bfloat16)):
+        given, near = (f(scores).astype(jnp.float32), f(v)), 2e-6 if f(v) is v else 0.1
+        (one, got), (two, wanted) = (
+            jax.value_and_grad(lambda *a, g=g: (g(*a) * back).sum(), (0, 1))(*given)
+            for g in (averaged, plain)
+        )
+        assert abs(one - two) < near * 10
+        chex.assert_trees_all_close(got, wanted, atol=near)
+        assert all(a.dtype == b.dtype for a, b in zip(got, given, strict=True))

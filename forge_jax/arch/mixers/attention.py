@@ -72,8 +72,40 @@ def attend(
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.reshape(scores.shape[1:])
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1).astype(v.dtype)
-    return jnp.einsum("bhgts,bhsd->bhgtd", weights, v).reshape(batch, heads, time, dim)
+    return averaged(jnp.where(mask, scores, -1e30), v).reshape(batch, heads, time, dim)
+
+
+@jax.custom_vjp
+def averaged(
+    scores: Float[Array, "batch kv_heads group time slots"],
+    v: Float[Array, "batch kv_heads slots dim"],
+) -> Float[Array, "batch kv_heads group time dim"]:
+    """softmax(scores) v. Reverse mode only.
+
+    Few passes over the scores: not they but the output is divided by the softmax's sum, and the
+    gradient's sum is one over features, sum_s p_s dp_s = o do (Dao et al. 2022, appendix B.2).
+    """
+    return _averaged_fwd(scores, v)[0]
+
+
+def _averaged_fwd(scores, v):
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    share = 1 / weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    out = (share * jnp.einsum("bhgts,bhsd->bhgtd", weights, v)).astype(v.dtype)
+    return out, (weights, share, v, out)
+
+
+def _averaged_bwd(residual, back):
+    weights, share, v, out = residual
+    back = share * back
+    inner = (back * out).sum(axis=-1, keepdims=True)
+    back = back.astype(v.dtype)
+    change = jnp.einsum("bhgtd,bhsd->bhgts", back, v) - inner
+    return weights * change, jnp.einsum("bhgts,bhgtd->bhsd", weights, back)
+
+
+averaged.defvjp(_averaged_fwd, _averaged_bwd)
 
 
 class AttentionMixer(nn.Module):
