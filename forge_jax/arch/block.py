@@ -11,7 +11,7 @@ from forge_jax.arch import sizes
 from forge_jax.arch.conditioning import modulated
 from forge_jax.arch.ffn import Dense, MoE, balance_loss, init_taken, keep_largest
 from forge_jax.arch.layers import linear, make_norm
-from forge_jax.arch.mixers import attention, latent, longconv, performer, retention, ssm
+from forge_jax.arch.mixers import attention, latent, linformer, longconv, performer, retention, ssm
 from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.mixing import SSM, Attention, Mixer, ParUnit, Retention, RouteUnit, SingleUnit
 from forge_jax.arch.schema import Arch
@@ -25,6 +25,8 @@ def make_mixer(mixer: Mixer, arch: Arch, dtype: jnp.dtype, gain: float, name: st
     if isinstance(mixer, Attention):
         if sizes.features_of(mixer) is not None:
             return performer.PerformerMixer(mixer, arch, dtype, gain, name=name)
+        if mixer.projection is not None:
+            return linformer.LinformerMixer(mixer, arch, dtype, gain, name=name)
         if latent.latent_of(arch):
             return latent.LatentMixer(mixer, arch, dtype, gain, name=name)
         return attention.AttentionMixer(mixer, arch, dtype, gain, name=name)

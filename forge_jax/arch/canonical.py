@@ -162,6 +162,7 @@ def _attention(mixer: Attention, arch: Arch, context: int) -> Tree:
         "head_dim": size,
         "stencil": _stencil(mixer, context),
         "softmax": _softmax(mixer, size),
+        "projection": _projection(mixer, context),
         "value_glu": mixer.value_glu or None,
         "pos": "none" if mixer.pos == "none" and arch.pos.kind != "learned" else None,
     }
@@ -197,6 +198,14 @@ def _stencil(mixer: Attention, context: int) -> Tree | None:
     ):
         return None
     return {k: v for k, v in tree.items() if v is not None}
+
+
+def _projection(mixer: Attention, context: int) -> Tree | None:
+    """Blocks, whose length is all that the context and the rank decide."""
+    block = sizes.block_of(mixer, context)
+    if mixer.projection is None or block is None:
+        return None
+    return {"type": "low_rank", "block": block, "shared": mixer.projection.shared}
 
 
 def _softmax(mixer: Attention, size: int) -> Tree | None:

@@ -296,6 +296,11 @@ def _attention(mixer: Attention, arch: Arch, time: int) -> _Part:
         state = heads * time * features * (4 * (size + 1) + 3)
         return out + maps + _Part(0, heads * time**2 * sums + state)
     scores = 4 * size + 6 + (2 if softmax and softmax.softcap else 0)
+    if mixer.projection and mixer.projection.block:
+        block, kinds = mixer.projection.block, 1 if mixer.projection.shared else 2
+        out += _Part(kinds * kv_heads * block, 4 * time // block * block * kv_heads * size)
+        rows = -(-time // block) * block
+        return out + _Part(0, heads * rows * (time // block + block) * scores)
     return out + _Part(0, heads * time**2 * scores)
 
 

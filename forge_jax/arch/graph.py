@@ -125,7 +125,9 @@ def _sees_ahead(stage: Stage, arch: Arch, module: Module) -> Iterator[Finding]:
     own = module_arch(arch, module)
     mixer = getattr(own.mix_unit, "mixer", None)
     plain = isinstance(mixer, Attention) and not (
-        (mixer.stencil and mixer.stencil.kind != "full") or sizes.features_of(mixer)
+        (mixer.stencil and mixer.stencil.kind != "full")
+        or (mixer.projection and mixer.projection.type != "none")
+        or sizes.features_of(mixer)
     )
     others = (own.kv_policy, own.depth_router, own.cond, own.hierarchy)
     if not plain or own.pos.kind in ("alibi", "relbias", "xpos") or any(others):

@@ -83,11 +83,15 @@ class Softmax(Node):
 
 
 class Projection(Node):
-    """Linformer's projection of the length."""
+    """Linformer's projection of the length, block by block."""
 
     type: Literal["low_rank", "none"] = "none"
     rank: PositiveInt | None = None
+    """blocks that the context is cut into; a block that has ended is one key and one value"""
+    block: PositiveInt | None = None
+    """tokens of a block, in place of `rank`: canonical form writes it so"""
     shared: bool = False
+    """values are summed with the weights of the keys"""
 
 
 def with_groups(schema: dict[str, Any]) -> None:

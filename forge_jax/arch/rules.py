@@ -102,6 +102,8 @@ def _attention(path: Path, mixer: Attention, arch: Arch) -> Iterator[Finding]:
     if mixer.stencil:
         yield from _stencil((*path, "stencil"), mixer.stencil)
     yield from _softmax((*path, "softmax"), mixer, arch)
+    if mixer.projection and mixer.projection.type == "low_rank":
+        yield from _projection((*path, "projection"), mixer, arch)
 
 
 def _stencil(path: Path, stencil: Stencil) -> Iterator[Finding]:
@@ -128,6 +130,20 @@ def _softmax(path: Path, mixer: Attention, arch: Arch) -> Iterator[Finding]:
         yield (*path, "type"), f"a kernel softmax takes no {arch.pos.kind} positions"
     if arch.kv_policy and (arch.kv_policy.cache != "full" or arch.kv_policy.quant != "none"):
         yield (*path, "type"), "a kernel softmax keeps sums, not keys: kv_policy must be full"
+
+
+def _projection(path: Path, mixer: Attention, arch: Arch) -> Iterator[Finding]:
+    projection, policy, at = mixer.projection, arch.kv_policy, (*path, "type")
+    if projection and (projection.rank is None) == (projection.block is None):
+        yield (*path, "rank"), "or `block`, one of the two, is needed by a low_rank projection"
+    if mixer.stencil and mixer.stencil.kind != "full":
+        yield at, f"low_rank sees all the past, not a {mixer.stencil.kind} stencil"
+    if mixer.softmax and mixer.softmax.type == "kernel":
+        yield at, "low_rank takes no kernel softmax, which has no scores to sum"
+    if arch.pos.kind in ("alibi", "relbias") and mixer.pos != "none":
+        yield at, f"low_rank takes no {arch.pos.kind} positions: a block has no one distance"
+    if policy and (policy.cache not in ("full", "none") or policy.quant != "none"):
+        yield at, "low_rank keeps every key as it is: kv_policy must be full or none"
 
 
 def _unit(arch: Arch) -> Iterator[Finding]:
@@ -218,9 +234,6 @@ def _unbuilt(arch: Arch) -> Iterator[Finding]:
             continue
         if mixer.stencil and mixer.stencil.kind == "cross":
             yield (*path, "stencil", "kind"), f"cross {never}: write kv_from in a stage"
-        if mixer.projection and mixer.projection.type == "low_rank":
-            reason = f"low_rank {never}: it reads the whole length, the future with it"
-            yield (*path, "projection", "type"), reason
         kernel = mixer.softmax.kernel if mixer.softmax else None
         if kernel and kernel.name != "favor":
             yield (*path, "softmax", "kernel", "name"), f"{kernel.name} {never}"
@@ -231,6 +244,7 @@ def notes(spec: Spec) -> list[Finding]:
 
     def idle(arch: Arch) -> Iterator[Finding]:
         yield from _idle(arch)
+        yield from _idle_projection(arch, spec.train.ctx_len)
         yield from levels.notes(arch)
         yield from conditioning.notes_of(arch, spec.train.ctx_len)
 
@@ -238,6 +252,14 @@ def notes(spec: Spec) -> list[Finding]:
     if spec.arch.pipeline is None:
         return [*found, *idle(spec.arch)]
     return [*found, *_each_module(spec.arch, idle)]
+
+
+def _idle_projection(arch: Arch, context: int) -> Iterator[Finding]:
+    for path, mixer in placed_mixers(arch):
+        if isinstance(mixer, Attention) and mixer.projection:
+            low_rank = mixer.projection.type == "low_rank"
+            if low_rank and sizes.block_of(mixer, context) is None:
+                yield (*path, "projection"), "has no effect with blocks of one token, or of all"
 
 
 def _idle(arch: Arch) -> Iterator[Finding]:

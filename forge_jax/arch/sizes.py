@@ -63,6 +63,15 @@ def features_of(mixer: Attention) -> int | None:
     return softmax.kernel.features
 
 
+def block_of(mixer: Attention, context: int) -> int | None:
+    """Tokens that a low-rank projection sums up; None where nothing is: plain attention."""
+    projection = mixer.projection
+    if projection is None or projection.type == "none":
+        return None
+    block = projection.block or -(-context // (projection.rank or context))
+    return block if 1 < block < context else None
+
+
 def turned(mixer: Attention, arch: Arch) -> int:
     """Features of each head that rotary positions turn, even and at most head_dim."""
     size = heads_of(mixer, arch.d_model)[1] // 2 * 2

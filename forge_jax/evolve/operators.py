@@ -117,6 +117,24 @@ def softmax(tree: Tree, rng: random.Random) -> bool:
     return True
 
 
+def projection(tree: Tree, rng: random.Random) -> bool:
+    """Sum up earlier blocks of attention, in longer or shorter ones, or stop.
+
+    It takes the place of a pattern, and of a cache that does not keep every key.
+    """
+    mixer = pick(tree, rng, "Attention")
+    if mixer is None:
+        return False
+    old = mixer.pop("projection", None)
+    if old is None or rng.random() < 0.7:
+        block = step_in(POWERS, old["block"], rng) if old else rng.choice([8, 16, 32])
+        shared = rng.random() < 0.5
+        mixer["projection"] = {"type": "low_rank", "block": block, "shared": shared}
+        mixer.pop("stencil", None)
+        tree.pop("kv_policy", None)
+    return True
+
+
 def value_glu(tree: Tree, rng: random.Random) -> bool:
     """Gate the output of attention, or stop."""
     mixer = pick(tree, rng, "Attention")
@@ -327,8 +345,8 @@ def cache(tree: Tree, rng: random.Random) -> bool:
 EDITS: dict[str, Edit] = {
     f.__name__: f
     for f in (
-        *(width, depth, heads, kv_heads, stencil, window, softmax, value_glu, positions),
-        *(no_positions, rope, swap_mixer, add_mixer, drop_mixer, merge, router, state),
+        *(width, depth, heads, kv_heads, stencil, window, softmax, projection, value_glu),
+        *(positions, no_positions, rope, swap_mixer, add_mixer, drop_mixer, merge, router, state),
         *(ffn_width, ffn_act, experts, norm, residual, recur, loops, schedule, depth_router),
         *(hierarchy, condition, cache),
     )

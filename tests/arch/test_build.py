@@ -81,6 +81,12 @@ DOCUMENTS = {
         "arch.cond": SEGMENTS,
         "arch.kv_policy": latents(update={"freq": 2}),
     },
+    "summaries of blocks, and a gate": {
+        "arch.pos.kind": "xpos",
+        "arch.mix_unit.mixer.softmax": {"softcap": 3.0, "qk_norm": "rms"},
+        "arch.mix_unit.mixer.projection": {"type": "low_rank", "rank": 6},
+        "arch.mix_unit.mixer.value_glu": True,
+    },
     "DeepNet with xPos": {"arch.pos.kind": "xpos", "arch.residual": {"kind": "deepnet"}},
     "ResiDual whose tokens pass layers by": {
         "arch.residual": {"kind": "dual"},

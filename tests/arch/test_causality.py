@@ -29,6 +29,7 @@ STENCILS = [
 ]
 OTHERS = {
     "kernel": {f"{MIXER}.softmax": {"type": "kernel", "kernel": {"features": 8}}},
+    "low rank": {f"{MIXER}.projection": {"type": "low_rank", "rank": 10}},
     "latent": {"arch.kv_policy": {"cache": "latent", "latent": {"dim": 6, "update": {"freq": 3}}}},
     "Retention": {MIXER: {"kind": "Retention", "heads": 2, "chunk": 4}},
     "SSM": {MIXER: {"kind": "SSM", "heads": 2, "d_state": 4}},

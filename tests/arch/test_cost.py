@@ -39,6 +39,8 @@ DOCUMENTS = [
     {"arch.norm": "ScaleNorm", "arch.ffn.act": "relu", "arch.pos.kind": "alibi"},
     {"arch.pos.kind": "relbias", "arch.mix_unit.mixer.softmax": {"qk_norm": "rms", "softcap": 9}},
     {"arch.mix_unit.mixer.softmax": {"qk_norm": "layer"}, "arch.mix_unit.mixer.value_glu": True},
+    unit({**A, "projection": {"type": "low_rank", "rank": 8}}),
+    unit({**A, "projection": {"type": "low_rank", "rank": 4, "shared": True}}),
     unit(R),
     unit(S),
     unit(C),

@@ -34,6 +34,7 @@ YARN = {"type": "yarn", "factor": 4}
 LONG = {"type": "longrope", "factor": 4, "longrope": {"alpha": 1, "beta": 1}}
 LATENT = {"cache": "latent", "latent": {"dim": 4}}
 COARSE = {"levels": [{"every": 2}]}
+LOW = {"type": "low_rank", "rank": 10}  # blocks of four tokens
 DEEP = {"kind": "token", "budget": 0.5}
 COND = {"source": {"kind": "pool-mlp", "H": 6}, "ops": [{"where": "pre_mixer", "op": "film"}]}
 SEGMENTS = {**COND, "source": {"kind": "segment", "segment": 3}}
@@ -178,7 +179,7 @@ CASES = {
     ("Attention", "head_dim"): ({}, {f"{M}.head_dim": 8}),
     ("Attention", "stencil"): ({}, {f"{M}.stencil": {"kind": "local", "window": 3}}),
     ("Attention", "softmax"): ({}, {f"{M}.softmax": {"qk_norm": "rms"}}),
-    ("Attention", "projection"): (REFUSED, {f"{M}.projection": {"type": "low_rank", "rank": 4}}),
+    ("Attention", "projection"): ({}, {f"{M}.projection": LOW}),
     ("Attention", "pos"): ({}, {f"{M}.pos": "none"}),
     ("Attention", "mode"): (REFUSED, {f"{M}.mode": "recurrent"}),
     ("Attention", "value_glu"): ({}, {f"{M}.value_glu": True}),
@@ -216,10 +217,13 @@ CASES = {
     ("Kernel", "features"): ({f"{M}.softmax": KERNEL}, {f"{M}.softmax.kernel.features": 9}),
     ("Kernel", "redraw"): ({f"{M}.softmax": KERNEL}, {f"{M}.softmax.kernel.redraw": 2}),
     ("Kernel", "orthogonal"): ({f"{M}.softmax": KERNEL}, {f"{M}.softmax.kernel.orthogonal": False}),
-    **{
-        ("Projection", name): (REFUSED, {f"{M}.projection": {"type": "low_rank", "rank": 4}})
-        for name in ("type", "rank", "shared")
-    },
+    ("Projection", "type"): ({f"{M}.projection": LOW}, {f"{M}.projection.type": "none"}),
+    ("Projection", "rank"): ({f"{M}.projection": LOW}, {f"{M}.projection.rank": 16}),
+    ("Projection", "block"): (
+        {f"{M}.projection": {"type": "low_rank", "block": 4}},
+        {f"{M}.projection.block": 3},
+    ),
+    ("Projection", "shared"): ({f"{M}.projection": LOW}, {f"{M}.projection.shared": True}),
     ("Retention", "kind"): ({M: RETENTION}, {M: SSM}),
     ("Retention", "heads"): ({M: RETENTION}, {f"{M}.heads": 4}),
     ("Retention", "head_dim"): ({M: RETENTION}, {f"{M}.head_dim": 4}),

@@ -1,5 +1,7 @@
 """Stencils, positions, quantised values and norms against plain definitions."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -135,7 +137,8 @@ def test_linear_maps_and_softmax_have_the_gradients_of_their_formulas():
     module = Linear(4, jnp.dtype("float32"))
 
     def mapped(x, w):
-        return (module.apply({"params": {"kernel": w}}, x) * back).sum()
+        y: Any = module.apply({"params": {"kernel": w}}, x)
+        return (y * back).sum()
 
     got = jax.grad(mapped, (0, 1))(x, w)
     wanted = jax.grad(lambda x, w: (x @ w * back).sum(), (0, 1))(x, w)
