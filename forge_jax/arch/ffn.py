@@ -12,6 +12,7 @@ from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.schema import Arch
 from forge_jax.arch.structure import DenseFFN, MoEFFN
+from forge_jax.models.dense import matmul
 
 ACTIVATIONS = {
     "relu": nn.relu,
@@ -92,13 +93,14 @@ class MoE(nn.Module):
         else:
             inner = ACTIVATIONS[ffn.act](inner)
         weights = (picked * probabilities).astype(self.dtype)
-        down = self.kernel("down", hidden, self.width)
-        y = jnp.einsum("bteh,ehd,bte->btd", inner, down, weights)
+        down = self.kernel("down", hidden, self.width).reshape(-1, self.width)
+        y = matmul((inner * weights[..., None]).reshape(*x.shape[:2], -1), down)
         return y, None if taken is None else wanted[:, -1]
 
     def experts(self, name: str, x, hidden: int):
-        """One linear map per expert of every token."""
-        return jnp.einsum("btd,edh->bteh", x, self.kernel(name, self.width, hidden))
+        """One linear map per expert of every token: all as one product."""
+        wide = self.kernel(name, self.width, hidden).swapaxes(0, 1).reshape(self.width, -1)
+        return matmul(x.astype(self.dtype), wide).reshape(*x.shape[:2], -1, hidden)
 
     def kernel(self, name: str, rows: int, columns: int) -> Any:
         """The maps of all experts."""

@@ -1,5 +1,6 @@
 """Equal layers in a row, some of them looped: what stands between embedding and head."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -64,6 +65,10 @@ def init_stack(arch: Arch, batch: int, length: int, dtype: jnp.dtype) -> State:
     return out
 
 
+def _call(layers, always, stream, frame: Frame, past):
+    return layers(stream, frame, past, always)
+
+
 def _where(condition, one, two):
     """`one` or `two`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, two)
@@ -97,41 +102,52 @@ class Stack(nn.Module):
 
         `sources` are fields of the frame: what other stages hand in.
         """
+        arch, frame = self.arch, Frame(at, self.turns(at, knobs), knobs, step, **sources or {})
+        x, frame, kept = self.entered(x, frame, state, train)
+        dual = arch.residual is not None and arch.residual.kind == "dual"
+        stream, adapter, first = (x, x) if dual else (x,), self.adapter(), 0
+        unrouted = arch.depth_router.min_layers if arch.depth_router else 0
+        for part in parts_of(arch, train):
+            layers = self.part(part.name, first, part.layers, knobs)
+            always = jnp.arange(first, first + part.layers) < unrouted
+            first += part.layers
+            states = (None,) * part.loops if state is None else state[part.name]
+            call = functools.partial(_call, layers, always)
+            learning = train and part.name == "body"
+            stream, kept[part.name] = self.looped(call, stream, frame, states, adapter, learning)
+        return self.joined(stream), None if state is None else kept
+
+    def entered(self, x, frame: Frame, state: State | None, train: bool):
+        """The tokens with what is added before all layers, the frame and the first of the state."""
         arch = self.arch
         if arch.pos.kind == "learned":
-            x = x + nn.Embed(self.context, arch.d_model, dtype=self.dtype, name="places")(at)
-        frame, kept = Frame(at, self.turns(at, knobs), knobs, step, **sources or {}), {}
-        if arch.cond is not None:
-            condition = Condition(arch.cond, self.dtype, name="condition")
-            past: Any = None if state is None else state["condition"]
-            c, kept["condition"] = condition(x, frame, past, train)
-            frame = frame._replace(condition=c)
-            x = modulated(arch.cond, "token", x, frame)
-        dual = arch.residual is not None and arch.residual.kind == "dual"
-        stream = (x, x) if dual else (x,)
-        adapter, first = self.adapter(), 0
-        unrouted = arch.depth_router.min_layers if arch.depth_router else 0
-        for name, layers, loops in parts_of(arch, train):
-            stack = self.part(name, first, layers, knobs)
-            always = jnp.arange(first, first + layers) < unrouted
-            first += layers
-            if name == "body" and train and "noise" in knobs:
-                stream = self.noisy(stream, knobs["noise"])
-            anchor, states = stream, []
-            count = self.drawn_loops(loops, knobs, step) if name == "body" and train else None
-            for loop in range(loops):
-                before = stream
-                if loop:
-                    stream = self.adapted(adapter, self.cut(stream, loop, count), anchor)
-                past = None if state is None else state[name][loop]
-                if count is not None:
-                    frame = frame._replace(live=jnp.float32(loop < count))
-                stream, past = stack(stream, frame, past, always)
-                if count is not None and loop:
-                    stream = _where(loop < count, stream, before)
-                states.append(past)
-            kept[name], frame = tuple(states), frame._replace(live=1.0)
-        return self.joined(stream), None if state is None else kept
+            places = nn.Embed(self.context, arch.d_model, dtype=self.dtype, name="places")
+            x = x + places(frame.positions)
+        if arch.cond is None:
+            return x, frame, {}
+        past: Any = None if state is None else state["condition"]
+        condition = Condition(arch.cond, self.dtype, name="condition")
+        c, past = condition(x, frame, past, train)
+        frame = frame._replace(condition=c)
+        return modulated(arch.cond, "token", x, frame), frame, {"condition": past}
+
+    def looped(self, call, stream, frame: Frame, states, adapter, learning: bool):
+        """Layers as often as there are states; when `learning` with noise and drawn loops."""
+        knobs, loops, kept = frame.knobs, len(states), []
+        if learning and "noise" in knobs:
+            stream = self.noisy(stream, knobs["noise"])
+        anchor, count = stream, self.drawn_loops(loops, knobs, frame.step) if learning else None
+        for loop, past in enumerate(states):
+            before = stream
+            if loop:
+                stream = self.adapted(adapter, self.cut(stream, loop, count), anchor)
+            if count is not None:
+                frame = frame._replace(live=jnp.float32(loop < count))
+            stream, past = call(stream, frame, past)
+            if count is not None and loop:
+                stream = _where(loop < count, stream, before)
+            kept.append(past)
+        return stream, tuple(kept)
 
     def part(self, name: str, first: int, layers: int, knobs: dict[str, Any]) -> Any:
         """The layers after the `first` ones: one scan, or one of each run in a hierarchy."""

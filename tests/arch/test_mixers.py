@@ -9,7 +9,7 @@ from forge_jax import arch
 from forge_jax.arch import decay, sizes
 from forge_jax.arch.block import make_mixer
 from forge_jax.arch.knobs import arch_knobs
-from forge_jax.arch.mixers import performer, ssm
+from forge_jax.arch.mixers import longconv, performer, ssm
 from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.mixing import Attention, Kernel
 from forge_jax.arch.positions import turns
@@ -258,12 +258,13 @@ def test_state_space_starts_with_the_papers_steps():
     assert 0.005 < np.median(step) < 0.02
 
 
-def test_long_convolution():
-    x, p, y = run(mixer(kind="LongConv", kernel_len=4))
+@pytest.mark.parametrize("taps", [4, longconv.UNROLLED + 1])
+def test_long_convolution(taps):
+    x, p, y = run(mixer(kind="LongConv", kernel_len=taps))
     v, gate = x @ p["v/kernel"], x @ p["gate/kernel"]
     out = np.zeros_like(v)
     for t in range(TIME):
-        for s in range(min(4, t + 1)):
+        for s in range(min(taps, t + 1)):
             out[t] += p["kernel"][s, 0] * v[t - s]
     np.testing.assert_allclose(y, (gate * sigmoid(gate) * out) @ p["out/kernel"], atol=2e-5)
 
