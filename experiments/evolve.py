@@ -186,6 +186,7 @@ def set_up(args: Train | Sweep) -> tuple[dict[str, arch.Spec], Setup]:
         args.limits,
         {"baseline": first, **costs},
         first.train_flops if args.equal_flops else None,
+        memo=None if args.cache is None else args.cache / "results",
     )
     return fitted, setup
 
@@ -299,7 +300,8 @@ def title(setup: Setup, cache: programs.Cache) -> str:
     """Over the live table."""
     return (
         f"{setup.task.name}, nats per {setup.task.unit}; structures compiled {cache.misses}, "
-        f"met again {cache.hits}; programs from disk {cache.disk_hits}, new {cache.disk_misses}"
+        f"met again {cache.hits}; programs from disk {cache.disk_hits}, new {cache.disk_misses}; "
+        f"results known {cache.known}"
     )
 
 

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.evolution import programs, tasks, training
+from experiments.evolution import memo, programs, tasks, training
 from experiments.evolution.shocks import Shocks
 from experiments.evolution.shocks import measured as shock_metrics
 from forge_jax import arch, evolve
@@ -45,6 +46,7 @@ class Setup(NamedTuple):
     references: Mapping[str, arch.Cost] = {}  # what budget.flops_target may name
     step_flops: float | None = None  # FLOPs of a row that the ladder's steps are of; None: steps
     shocks: Shocks | None = None  # measured too where there are some
+    memo: Path | None = None  # directory of results that are known already
 
 
 class Store(NamedTuple):
@@ -161,17 +163,24 @@ def evaluate(
 
     The score is in nats per unit of the task on held-out batches, the mean over seeds.
 
+    What `setup.memo` knows is not trained. Where a result at `done` came from there, and so left no
+    checkpoint, training begins anew: the result is the same.
+
     Raises:
       ValueError: the document is over a budget, or the checkpoint at `done` is gone.
     """
     spent = admitted(spec, setup)
     until = own_steps(steps, spent, setup)
+    key = memo.key_of(spec, setup, until)
+    if (known := memo.find(setup.memo, key)) is not None:
+        cache.known += 1
+        return known
     knobs, rates = arch.knobs(spec), training.rates_of(spec, setup.lr)
     chunk = chunk_of(setup, setup.seeds[0], 0, 1)
     ready, compile_s = programs.programs_of(cache, spec, chunk, setup.held_out)
     states = tuple(ready.start(jax.random.key(seed), rates) for seed in setup.seeds)
     found = store.restore(trial, states)
-    if found is None and done:
+    if found is None and done and setup.memo is None:
         raise ValueError(f"The checkpoint of {trial} at {done} steps is gone.")
     at, states = found or (0, states)
     clocks: list[Clock] = []
@@ -189,7 +198,9 @@ def evaluate(
     metrics |= cost_metrics(spent, setup, until, metrics["score"])
     metrics |= shocked(ready, states, knobs, setup)
     objectives = (spent.train_flops / setup.length, float(spent.params), spent.kv_bytes)
-    return evolve.Result(metrics["score"], objectives, metrics)
+    result = evolve.Result(metrics["score"], objectives, metrics)
+    memo.keep(setup.memo, key, result)
+    return result
 
 
 def speed(clocks: list[Clock], setup: Setup) -> dict[str, float | None]:

@@ -45,10 +45,11 @@ class Cache:
     disk_hits: int = 0  # programs that came from the directory
     disk_misses: int = 0
     compile_s: float = 0.0
+    known: int = 0  # results that no program had to find
 
     def counts(self) -> dict[str, Any]:
         """The counters."""
-        names = ("hits", "misses", "disk_hits", "disk_misses", "compile_s")
+        names = ("hits", "misses", "disk_hits", "disk_misses", "compile_s", "known")
         return {name: getattr(self, name) for name in names}
 
 

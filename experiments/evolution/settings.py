@@ -50,7 +50,8 @@ class Common:
     device: str | None = None
     """cpu, cuda, ...; JAX's choice unless given"""
     cache: Path | None = Path(".cache/jax")
-    """directory of compiled programs, unless the environment names one; None: JAX's settings"""
+    """directory of compiled programs, unless the environment names one, and, in `results`, of what
+    trainings found, which are not run again; None: JAX's settings, and everything is trained"""
     resume: bool = False
     """go on with a killed run in `out`; with --replace if it was started so"""
     replace: bool = False

@@ -38,6 +38,7 @@ class State(NamedTuple):
     params: Any
     opt_state: Any
     step: Int[Array, ""]
+    # cross entropies of training: with latents those given what was inferred
     first_loss: Float[Array, ""]  # of the first batch, before any update
     last_loss: Float[Array, ""]  # mean of the last chunk
 
@@ -76,8 +77,8 @@ def optimizer(rates: Rates) -> optax.GradientTransformation:
         return rates.lr * jnp.minimum(1.0, (count + 1) / WARM_UP)
 
     def decays(params):
-        names = ("kernel", "embedding")
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
+        decaying = ("kernel", "embedding", "codes")
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decaying, params)
 
     adamw = optax.adamw(rate, rates.b1, rates.b2, weight_decay=rates.wd, mask=decays)
     return optax.chain(optax.clip_by_global_norm(rates.clip), adamw)
@@ -106,8 +107,19 @@ def loss(
     )
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
     mean = (nats * batch.scored).sum() / jnp.maximum(batch.scored.sum(), 1)
-    aux = sum((x.sum() for x in jax.tree.leaves(sown)), jnp.float32(0))
+    priced = batch.scored.size / jnp.maximum(batch.scored.sum(), 1)
+    leaves = jax.tree_util.tree_leaves_with_path(sown)
+    aux = sum((x.sum() * (priced if PRICED & names(path) else 1.0) for path, x in leaves), 0.0)
     return mean + aux, mean
+
+
+# Nats of all tokens, which count as much as those of the scored targets.
+PRICED = {"latent", "condition"}
+
+
+def names(path: Any) -> set[str]:
+    """The keys of a path in a tree."""
+    return {part.key for part in path if hasattr(part, "key")}
 
 
 def train(
@@ -140,8 +152,12 @@ def train(
 def score(network: arch.Network, params: Any, held_out: Batches, knobs: Any) -> Score:
     """Cross entropy and calibration on held-out batches."""
 
-    def one(batch):
-        logits, _ = network.apply({"params": params}, batch.tokens[:, :-1], knobs=knobs)
+    def one(numbered):
+        number, batch = numbered
+        # every batch has its own draw of latents, the same for all networks and seeds
+        rngs = {"latent": jax.random.fold_in(jax.random.key(0), number)}
+        given = {"knobs": knobs, "rngs": rngs}
+        logits, _ = network.apply({"params": params}, batch.tokens[:, :-1], **given)
         target = batch.tokens[:, 1:]
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         confidence = jax.nn.softmax(logits).max(-1)
@@ -152,7 +168,7 @@ def score(network: arch.Network, params: Any, held_out: Batches, knobs: Any) -> 
         totals = (nats * batch.scored).sum(), batch.scored.sum().astype(jnp.float32)
         return *totals, inside.sum((0, 1)), *sums
 
-    nats, count, *bins = jax.lax.map(one, held_out)
+    nats, count, *bins = jax.lax.map(one, (jnp.arange(len(held_out.tokens)), held_out))
     return Score(nats, count, *(x.sum(0) for x in bins))
 
 

@@ -96,7 +96,7 @@ class Network(nn.Module):
         knobs = network_knobs(arch) if knobs is None else knobs
         at = jnp.arange(time) + (0 if cache is None else cache.index)
         x = nn.Embed(self.vocabulary, arch.d_model, dtype=dtype, name="embed")(tokens)
-        outs, kept = {EMBEDDING: x}, {}
+        outs, kept, known = {EMBEDDING: x}, {}, {} if cache is None else cache.stages
         # what infers latents has parameters too, though it runs in training only
         inferring = train or self.is_initializing()
         first = {s.module: s for s in reversed(active(arch, inferring))}
@@ -109,14 +109,16 @@ class Network(nn.Module):
             sources = {"kv": _mean(outs, s.kv_from), "mem": _mean(outs, s.mem_from)}
             sources |= {} if s.causal else {"ahead": jnp.bool_(True)}
             states = []
-            for state in (None,) * s.repeat if cache is None else cache.stages[s.name]:
+            for state in known.get(s.name, (None,) * s.repeat):
                 given = {"sources": sources, "train": train, "step": step}
                 x, state = module(x, at, knobs[s.module], state, **given)
                 states.append(state)
             outs[s.name], kept[s.name] = x, tuple(states)
         head = linear("head", self.vocabulary, dtype)
         logits = head(_mean(outs, last_of(arch))).astype(jnp.float32)
-        return logits, None if cache is None else Cache(kept, cache.index + time)
+        if cache is None:
+            return logits, None
+        return logits, Cache({name: kept[name] for name in known}, cache.index + time)
 
     def module(self, step: Step) -> Stack | LatentSampler:
         """The module of a step; stages that share it share its parameters."""

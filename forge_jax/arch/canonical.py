@@ -23,6 +23,8 @@ def canonical(spec: Spec) -> Spec:
 
     Two documents of the same network (same function family, same cost) have the same canonical
     `arch`; `train` keeps what concerns training. Canonical documents are their own canonical form.
+    Stages of a pipeline keep their order: of two that do not read each other either may be first,
+    and those are two forms.
     """
     return _canonical(spec)  # pyright: ignore[reportArgumentType] frozen nodes hash
 
@@ -63,13 +65,14 @@ NEEDED = ("d_model", "n_layers", "mix_unit", "ffn", "norm", "pos")
 def _network(arch: Arch, context: int) -> Tree:
     """One stack, or a pipeline with names in its order: names mean nothing."""
     steps, plain = steps_of(arch), Step("", "", arch)
-    if len(steps) == 1 and steps[0]._replace(name="", module="", arch=arch) == plain:
+    alone = len(steps) == 1 and last_of(arch) == (steps[0].name,)
+    if alone and steps[0]._replace(name="", module="", arch=arch) == plain:
         return _stack(steps[0].arch, context)
     modules, names, stages = {}, {EMBEDDING: EMBEDDING}, []
     known: dict[str, str] = {}  # module of the document -> its new name
-    for step in steps:
+    for i, step in enumerate(steps):
         name = known.setdefault(step.module, f"module_{len(known)}")
-        names[step.name] = f"stage_{len(names) - 1}"
+        names[step.name] = f"stage_{i}"
         modules[name] = _module(step, context)
         stage: Tree = {"name": names[step.name], "module": name}
         for field in ("inputs", "kv_from", "mem_from"):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from forge_jax.arch import sizes
+from forge_jax.arch.decay import kept_sums
 from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.mixing import Attention, Mixer, Retention
@@ -65,12 +66,7 @@ def running_sum(
 ) -> Float[Array, "batch time width"]:
     """Sums in float32 that start anew at every `fresh` token; `before` comes before the first."""
     keep = jnp.where(fresh, 0.0, 1.0)[None, :, None]
-
-    def joined(one, two):
-        return one[0] * two[0], two[0] * one[1] + two[1]
-
-    keep, sums = jax.lax.associative_scan(joined, (keep, x.astype(jnp.float32)), axis=1)
-    return sums + keep * before[:, None]
+    return kept_sums(x.astype(jnp.float32), keep, before)
 
 
 def pooled(

@@ -67,6 +67,9 @@ def cost(spec: Spec, time: int | None = None) -> Cost:
             each, most = _cache(step.arch, time, width) if step.code is None else (0.0, 0.0)
             kv, kept = kv + step.repeat * each, kept + step.repeat * most
     params = int(ends.params + sum(modules.values()))
+    stacks = [step.arch.kv_policy for step in used if step.code is None]
+    if any(policy and policy.cache == "none" for policy in stacks):
+        kv, kept = 0.0, 0.0  # `init_cache` refuses the network
     return Cost(params, use, 3 * train, kv if kept else 0.0, kept)
 
 
@@ -113,8 +116,6 @@ def _stack(arch: Arch, context: int, time: int, memory: bool) -> tuple[float, fl
 
 def _cache(arch: Arch, time: int, width: int) -> tuple[float, float]:
     """Bytes that a token adds to a stack's cache, and that it holds after `time` tokens."""
-    if arch.kv_policy and arch.kv_policy.cache == "none":
-        return 0.0, 0.0
     held = [(n, *_held(arch, level, time, width)) for n, level in _levels(arch, train=False)]
     kv, kept = sum(n * each for n, each, _ in held), sum(n * whole for n, _, whole in held)
     if arch.cond is not None:
@@ -298,7 +299,7 @@ def _attention(mixer: Attention, arch: Arch, time: int) -> _Part:
     scores = 4 * size + 6 + (2 if softmax and softmax.softcap else 0)
     if mixer.projection and mixer.projection.block:
         block, kinds = mixer.projection.block, 1 if mixer.projection.shared else 2
-        out += _Part(kinds * kv_heads * block, 4 * time // block * block * kv_heads * size)
+        out += _Part(kinds * kv_heads * block, 4 * (time // block * block) * kv_heads * size)
         rows = -(-time // block) * block
         return out + _Part(0, heads * rows * (time // block + block) * scores)
     return out + _Part(0, heads * time**2 * scores)

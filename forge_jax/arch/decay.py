@@ -44,6 +44,20 @@ def decayed(
     return out[:, :, :time].astype(dtype), last
 
 
+def kept_sums(
+    x: Float[Array, "batch time width"],
+    keep: Float[Array, "#batch time #width"],
+    before: Float[Array, "batch width"] | None,
+) -> Float[Array, "batch time width"]:
+    """$r_t = a_t r_{t-1} + x_t$ with a_t what is kept, from `before` (zero)."""
+
+    def joined(one, two):
+        return one[0] * two[0], two[0] * one[1] + two[1]
+
+    keep, out = jax.lax.associative_scan(joined, (keep, x), axis=1)
+    return out if before is None else out + keep * before[:, None]
+
+
 def _chunk(state, piece):
     q, k, v, log_decay = piece
     c = jnp.cumsum(log_decay, axis=-1)

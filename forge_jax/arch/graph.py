@@ -1,15 +1,32 @@
-"""What a pipeline can get wrong: names, edges, the order of stages, and who sees the future."""
+"""What a pipeline can get wrong: names, edges, the order of stages, and who sees the future.
+
+What is wrong within a stack is found by `rules`.
+"""
 
 from collections.abc import Iterator
 
 from forge_jax.arch import sizes
-from forge_jax.arch.mixing import Attention, Node
-from forge_jax.arch.pipeline import STACK, kind_of, module_arch, stages_in_full
+from forge_jax.arch.mixing import Attention, given
+from forge_jax.arch.pipeline import (
+    EMBEDDING,
+    OWN,
+    SHARED,
+    kind_of,
+    module_arch,
+    stages_in_full,
+)
 from forge_jax.arch.schema import Arch, Module, Spec, Stage
+from forge_jax.arch.structure import Cond
 
 Path = tuple[str | int, ...]
 Finding = tuple[Path, str]
 READS = ("inputs", "kv_from", "mem_from")
+# Which of its fields act on a module, by its kind.
+ACTING = {
+    "transformer": (*SHARED, *OWN),
+    "latent_sampler": ("norm", "cond"),
+    "readout": ("output_dim",),
+}
 # What a module's `params` may hold, by its kind.
 PARAMS = {
     "transformer": {"causal": (bool, "true or false")},
@@ -19,17 +36,21 @@ PARAMS = {
 
 
 def problems(spec: Spec) -> list[Finding]:
-    """Why the stages cannot be built; what is inside a module is no matter of this file."""
+    """Why the stages cannot be built."""
     found = [*_modules(spec), *_names(spec.arch), *_kinds(spec.arch)]
-    return found or [*_edges(spec.arch), *_sharing(spec.arch), *_ends(spec.arch)]
+    found = found or [*_edges(spec.arch), *_sharing(spec.arch), *_ends(spec.arch)]
+    return found or [*_reach(spec.arch)]
 
 
 def _modules(spec: Spec) -> Iterator[Finding]:
     arch, vocabulary = spec.arch, sizes.vocabulary_of(spec)
-    if arch.recurrence is not None:
-        yield ("arch", "recurrence"), "belongs into a module, beside a pipeline"
+    for field in OWN:
+        if getattr(arch, field) is not None:
+            yield ("arch", field), "belongs into a module, beside a pipeline"
     for name, module in (arch.modules or {}).items():
         path: Path = ("arch", "modules", name)
+        if not name:
+            yield path, "needs a name"
         if module.kind == "custom":
             yield (*path, "kind"), "custom is not supported"
         if module.latent is not None:
@@ -68,10 +89,15 @@ def _names(arch: Arch) -> Iterator[Finding]:
         path: Path = ("arch", "pipeline", i)
         if stage.name in seen:
             yield (*path, "name"), f"two stages are called {stage.name}"
+        elif stage.name == EMBEDDING and i:
+            yield (*path, "name"), f"{EMBEDDING} is what the first stage may be called"
         if stage.module is not None and stage.module not in (arch.modules or {}):
             yield (*path, "module"), f"there is no module {stage.module}"
         for field in READS:
-            for name in getattr(stage, field) or ():
+            names = getattr(stage, field) or ()
+            if len(set(names)) < len(names):
+                yield (*path, field), f"names a stage twice, got {', '.join(names)}"
+            for name in names:
                 if name not in seen:
                     yield (*path, field), f"{name} is no earlier stage"
         seen.add(stage.name)
@@ -131,7 +157,8 @@ def _sees_ahead(stage: Stage, arch: Arch, module: Module) -> Iterator[Finding]:
     )
     others = (own.kv_policy, own.depth_router, own.cond, own.hierarchy)
     if not plain or own.pos.kind in ("alibi", "relbias", "xpos") or any(others):
-        sentence = "false is for one full softmax attention with rope or learned positions"
+        sentence = "false is for one full softmax attention with rope or learned positions, and "
+        sentence += "without kv_policy, cond, hierarchy and depth_router"
         yield ("arch", "modules", stage.module or "", "params", "causal"), sentence
 
 
@@ -157,6 +184,17 @@ def _ends(arch: Arch) -> Iterator[Finding]:
         yield ("arch", "pipeline"), "has no stack"
 
 
+def _reach(arch: Arch) -> Iterator[Finding]:
+    """In use a latent reads nothing: tokens have to come by another way."""
+    full = stages_in_full(arch)
+    read = set(full[-1][2])
+    for stage, kind, inputs in reversed(full):
+        if stage.name in read and kind != "latent_sampler":
+            read |= {*inputs, *(stage.kv_from or ()), *(stage.mem_from or ())}
+    if full[0][0].name not in read:
+        yield ("arch", "pipeline"), "leads no token to the readout but through latents"
+
+
 def notes(arch: Arch) -> Iterator[Finding]:
     """What is said without effect."""
     if arch.pipeline is None:
@@ -170,12 +208,11 @@ def notes(arch: Arch) -> Iterator[Finding]:
             yield path, "has no effect: no stage is of this module"
         if module.budget is not None:
             yield (*path, "budget"), "has no effect: budgets are the document's"
-        acting = {"transformer": STACK, "latent_sampler": ("norm", "cond"), "readout": ()}
-        for field in sorted(_given(module) & set(STACK) - set(acting.get(module.kind, ()))):
-            if field != "d_model":
-                yield (*path, field), f"has no effect on a module of kind {module.kind}"
-        if module.kind == "latent_sampler" and module.cond and module.cond.ops:
-            yield (*path, "cond", "ops"), "has no effect on a latent: stages read it by mem_from"
+        idle = {*SHARED, *OWN, "output_dim"} - {"d_model", *ACTING.get(module.kind, ())}
+        for field in sorted(given(module) & idle):
+            yield (*path, field), f"has no effect on a module of kind {module.kind}"
+        if module.kind == "latent_sampler" and module.cond:
+            yield from _idle_latent((*path, "cond"), module.cond)
     for i, stage in enumerate(arch.pipeline):
         path = ("arch", "pipeline", i)
         if stage.mode not in (None, "all") or stage.train_only:
@@ -186,5 +223,10 @@ def notes(arch: Arch) -> Iterator[Finding]:
             yield (*path, "budget"), "has no effect: budgets are the document's"
 
 
-def _given(node: Node) -> set[str]:
-    return {name for name in node.model_fields_set if getattr(node, name) is not None}
+def _idle_latent(path: Path, cond: Cond) -> Iterator[Finding]:
+    if cond.ops:
+        yield (*path, "ops"), "has no effect on a latent: stages read it by mem_from"
+    if cond.source and cond.source.segment:
+        yield (*path, "source", "segment"), "has no effect on a latent"
+    if cond.reg and cond.reg.kind == "none" and cond.reg.kappa is not None:
+        yield (*path, "reg", "kappa"), "has no effect while its kind is none"

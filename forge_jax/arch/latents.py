@@ -1,5 +1,7 @@
 """The Free Transformer's latent: a few random bits per token, inferred while training."""
 
+import zlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,9 @@ class LatentSampler(nn.Module):
         table = self.param("codes", nn.initializers.normal(dim**-0.5), (2**bits, dim))
         table = table.astype(self.dtype)
         if x is None:
-            key = self.make_rng("latent") if self.has_rng("latent") else jax.random.key(0)
+            # without a key always the same codes, and of every latent its own
+            own = jax.random.key(zlib.crc32("/".join(self.path).encode()))
+            key = self.make_rng("latent") if self.has_rng("latent") else own
             z = table[drawn(key, batch, at, bits)]
         else:
             normed = make_norm(self.norm, "norm", jnp.dtype("float32"))(x)

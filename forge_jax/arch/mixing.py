@@ -35,6 +35,11 @@ class Node(BaseModel):
         return hash((type(self), *items))
 
 
+def given(node: Node) -> set[str]:
+    """The fields that a document gives a value."""
+    return {name for name in node.model_fields_set if getattr(node, name) is not None}
+
+
 class Stencil(Node):
     """Which earlier tokens a token sees; every pattern is causal (`stencils.visible`)."""
 

@@ -38,8 +38,8 @@ def _checked(document: Any, lines: Lines, strict: bool) -> Spec:
         found = [_located(problem, document) for problem in error.errors()]
         raise _report(found, lines) from None
     found = rules.problems(spec)
-    if strict:
-        found += rules.notes(spec)
+    if strict and not found:
+        found = rules.notes(spec)
     if found:
         raise _report(found, lines)
     return spec

@@ -5,14 +5,16 @@ A document without a pipeline is one stack between embedding and head.
 
 from typing import Any, NamedTuple
 
+from forge_jax.arch.mixing import Attention
 from forge_jax.arch.schema import Arch, Module, Stage
-from forge_jax.arch.structure import Cond, CondReg, CondSource
+from forge_jax.arch.sizes import mixers
+from forge_jax.arch.structure import Cond, CondReg, CondSource, Pos
 
 EMBEDDING = "embedding"  # the name of the first stage in canonical form
 BITS = 8  # of a latent where a document does not say
-# What a module leaves open comes from the architecture.
-STACK = ("d_model", "n_layers", "mix_unit", "ffn", "norm", "pos", "cond", "kv_policy")
-STACK += ("residual", "hierarchy", "depth_router", "recurrence")
+# What a module leaves open comes from the architecture; the rest is each module's own.
+SHARED = ("d_model", "n_layers", "mix_unit", "ffn", "norm", "pos")
+OWN = ("cond", "kv_policy", "residual", "hierarchy", "depth_router", "recurrence")
 
 
 class Code(NamedTuple):
@@ -51,10 +53,13 @@ def kind_of(stage: Stage, modules: dict[str, Module]) -> str:
 
 def module_arch(arch: Arch, module: Module) -> Arch:
     """A module's stack as an architecture of its own."""
-    own: dict[str, Any] = {}
-    for name in STACK:
+    own: dict[str, Any] = {name: getattr(module, name) for name in OWN}
+    for name in SHARED:
         value = getattr(module, name)
         own[name] = getattr(arch, name) if value is None else value
+    own["d_model"] = arch.d_model  # `graph` refuses another
+    if module.pos is None and not any(isinstance(m, Attention) for m in mixers(own["mix_unit"])):
+        own["pos"] = Pos(kind="rope")  # what comes from `arch` may have nothing to act on here
     return Arch(**own)
 
 
@@ -100,7 +105,8 @@ def steps_of(arch: Arch) -> tuple[Step, ...]:
         module = modules.get(stage.module or "", Module(kind=kind))  # pyright: ignore[reportArgumentType]
         steps.append(
             Step(
-                *(stage.name, stage.module or stage.name, module_arch(arch, module)),
+                # a stage without a module has one that no document can name
+                *(stage.name, stage.module or f"/{stage.name}", module_arch(arch, module)),
                 code_of(arch, module) if kind == "latent_sampler" else None,
                 *(named(inputs), named(stage.kv_from), named(stage.mem_from)),
                 stage.repeat,

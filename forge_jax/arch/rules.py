@@ -11,11 +11,11 @@ from forge_jax.arch.mixing import (
     Attention,
     LongConv,
     Mixer,
-    Node,
     Retention,
     RouteUnit,
     SingleUnit,
     Stencil,
+    given,
 )
 from forge_jax.arch.pipeline import module_arch
 from forge_jax.arch.schema import Arch, Spec
@@ -288,7 +288,7 @@ def _idle(arch: Arch) -> Iterator[Finding]:
     if residual and residual.kind == "deepnet" and (residual.pre_ln or residual.post_ln):
         yield ("arch", "residual"), "pre_ln and post_ln have no effect on deepnet"
     router = arch.depth_router
-    if router and router.kind == "none" and len(_given(router)) > 1:
+    if router and router.kind == "none" and len(given(router)) > 1:
         yield ("arch", "depth_router"), "has no effect while its kind is none"
     elif router and router.min_layers >= arch.n_layers:
         yield ("arch", "depth_router"), "has no effect where min_layers are all"
@@ -300,7 +300,7 @@ def _idle(arch: Arch) -> Iterator[Finding]:
 def _idle_schedule(schedule: Schedule) -> Iterator[Finding]:
     path = ("arch", "recurrence", "loops", "schedule")
     if schedule.kind == "fixed":
-        for field in sorted(_given(schedule) & {"mean", "sigma"}):
+        for field in sorted(given(schedule) & {"mean", "sigma"}):
             yield (*path, field), "has no effect on a fixed schedule"
     if schedule.curriculum == "none" and schedule.warmup_steps:
         yield (*path, "warmup_steps"), "has no effect without a curriculum"
@@ -314,13 +314,9 @@ def _idle_attention(path: Path, mixer: Attention, arch: Arch) -> Iterator[Findin
         yield (*path, "kv_heads"), "has no effect beside arch.kv_policy.latent.heads"
     stencil, softmax = mixer.stencil, mixer.softmax
     if stencil:
-        for field in _given(stencil) - set.union(*STENCILS[stencil.kind]) - {"kind"}:
+        for field in given(stencil) - set.union(*STENCILS[stencil.kind]) - {"kind"}:
             yield (*path, "stencil", field), f"has no effect on a {stencil.kind} stencil"
-    if mixer.projection and mixer.projection.type == "none" and len(_given(mixer.projection)) > 1:
+    if mixer.projection and mixer.projection.type == "none" and len(given(mixer.projection)) > 1:
         yield (*path, "projection"), "has no effect while its type is none"
     if softmax and softmax.kernel and softmax.type != "kernel":
         yield (*path, "softmax", "kernel"), f"has no effect on a {softmax.type} softmax"
-
-
-def _given(node: Node) -> set[str]:
-    return {name for name in node.model_fields_set if getattr(node, name) is not None}

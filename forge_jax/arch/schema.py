@@ -60,8 +60,9 @@ class StageBudget(Node):
 class Stage(Node):
     """A step of a pipeline."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     module: str | None = None
+    """whose weights it has; stages of one module share them"""
     kind: Literal["module", "latent_sampler", "readout", "embedding", "custom"] | None = None
     repeat: PositiveInt = 1
     mode: Literal["all", "train", "prefill", "decode", "train_prefill", "inference"] | None = None

@@ -42,7 +42,23 @@ def of_a_stack(edit: Edit) -> Edit:
     return lambda tree, rng: edit(part_of(tree, rng), rng)
 
 
+def of_all_stacks(edit: Edit) -> Edit:
+    """The edit, with the same draws, on every stack: what they must have in common."""
+
+    def apply_to_all(tree, rng):
+        drawn, parts = rng.getstate(), [tree, *tree.get("modules", {}).values()]
+        done = []
+        for part in parts:
+            if "mix_unit" in part:
+                rng.setstate(drawn)
+                done.append(edit(part, rng))
+        return all(done)
+
+    return apply_to_all
+
+
 ALL = {name: of_a_stack(edit) for name, edit in EDITS.items()} | REWIRINGS
+ALL["width"] = of_all_stacks(EDITS["width"])
 OPERATORS: dict[str, Operator] = {name: partial(apply, edit) for name, edit in ALL.items()}
 
 
@@ -109,7 +125,7 @@ def crossover(
         tree = copy.deepcopy(first)
         ours, theirs = part_of(tree["arch"], rng), part_of(second["arch"], rng)
         for gene in GENES:
-            if rng.random() < 0.5:
+            if rng.random() < 0.5 and not (ours is not tree["arch"] and gene == ("d_model",)):
                 for name in gene:
                     ours.pop(name, None)
                     if name in theirs:

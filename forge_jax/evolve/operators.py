@@ -17,7 +17,10 @@ ACTS = ["relu", "gelu", "silu", "swiglu", "geglu"]
 
 
 def width(tree: Tree, rng: random.Random) -> bool:
-    """One step along the widths; heads keep their size where they can."""
+    """One step along the widths; heads keep their size where they can.
+
+    All stacks of a pipeline take it.
+    """
     old, new = tree["d_model"], step_in(WIDTHS, tree["d_model"], rng)
     tree["d_model"] = new
     for mixer in mixers_of(tree):

@@ -1,6 +1,6 @@
 """Small documents that the tests of this folder vary."""
 
-import copy
+import json
 from typing import Any
 
 BASE: dict[str, Any] = {
@@ -16,12 +16,17 @@ BASE: dict[str, Any] = {
 }
 
 
+def unshared(tree: Any) -> Any:
+    """A copy in which no two places are one object, as they are in a deep copy."""
+    return json.loads(json.dumps(tree))
+
+
 def edited(changes: dict[str, Any], base: dict[str, Any] = BASE) -> dict[str, Any]:
     """A copy with values put at dotted paths ("arch.mix_unit.choices.0.heads"); None removes."""
-    out = copy.deepcopy(base)
+    out = unshared(base)
     for path, value in changes.items():
         *parents, last = path.split(".")
-        value = copy.deepcopy(value)  # a later path may reach into it
+        value = unshared(value)  # a later path may reach into it
         here: Any = out
         for part in parents:
             here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from forge_jax import arch
-from tests.arch.documents import edited
+from tests.arch.documents import PIPELINE, edited
 
 A = {"kind": "Attention", "heads": 4, "kv_heads": 2}
 R, S, C = {"kind": "Retention", "heads": 4}, {"kind": "SSM"}, {"kind": "LongConv"}
@@ -90,9 +90,17 @@ DOCUMENTS = [
 ]
 
 
-@pytest.mark.parametrize("changes", DOCUMENTS)
-def test_counts_agree_with_the_program(changes):
-    spec = arch.from_dict(edited(changes, WIDE))
+STAGES = {
+    **{"arch.d_model": 64, "train.ctx_len": 64, "train.vocab_size": 128},
+    **{"arch.modules.tokens.params.vocab_size": 128, "arch.modules.logits.output_dim": 128},
+}
+
+
+@pytest.mark.parametrize(
+    "document", [*(edited(changes, WIDE) for changes in DOCUMENTS), edited(STAGES, PIPELINE)]
+)
+def test_counts_agree_with_the_program(document):
+    spec = arch.from_dict(document)
     found = arch.cost(spec)
     network = arch.build(spec, unroll=True)
     tokens = jnp.zeros((1, 64), jnp.int32)

@@ -147,6 +147,67 @@ def test_one_stack_as_a_pipeline_is_the_plain_network():
     assert arch.canonical(plain) == arch.canonical(piped)
 
 
+def test_a_readout_of_more_than_the_stack_is_another_network():
+    stage, both = {"name": "s", "module": "m"}, {"inputs": ["x", "s"]}
+    plain, piped = staged(stage, m=stack()), staged(stage, m=stack())
+    piped["arch"]["pipeline"][-1] |= both
+    one, two = arch.from_dict(plain), arch.from_dict(piped)
+    assert arch.fingerprint(one) != arch.fingerprint(two)
+    _, network, params = random_network(piped)
+    alone = arch.build(one)
+    renamed = {"stack" if n == "module_0" else n: v for n, v in params["params"].items()}
+    logits = jitted(lambda p, q: (network.apply(p, TOKENS)[0], alone.apply(q, TOKENS)[0]))
+    head = params["params"]["head"]["kernel"]
+    both, one = logits(params, {"params": renamed})
+    embedded = params["params"]["embed"]["embedding"][TOKENS] @ head
+    np.testing.assert_allclose(both, (one + embedded) / 2, atol=1e-5)
+
+
+def test_latents_without_a_module_each_draw_their_own_codes():
+    """Neither is taken for the module that has its name."""
+    latents = [{"name": name, "kind": "latent_sampler", "inputs": ["x"]} for name in "mn"]
+    last = {"name": "s", "module": "m", "inputs": ["x"], "mem_from": ["m", "n"]}
+    spec, network, params = random_network(staged(*latents, last, m=stack()))
+    modules = arch.to_dict(arch.canonical(spec))["arch"]["modules"].values()
+    assert [module["kind"] for module in modules if "kind" in module] == ["latent_sampler"] * 2
+    # the same table for both: the same codes would give the same rows
+    tree = params["params"]
+    tree["module_1"]["codes"] = tree["module_0"]["codes"]
+    _, seen = network.apply(params, TOKENS, capture_intermediates=True)
+    one, two = (seen["intermediates"][f"module_{i}"]["__call__"][0] for i in range(2))
+    same = np.isclose(one, two).all(-1).mean()
+    assert same < 0.1  # one in 256 is expected
+
+
+def test_a_cache_may_be_given_at_the_start():
+    spec = arch.from_dict(PIPELINE)
+    network, cache = arch.build(spec), arch.init_cache(spec, 2, 12)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), TOKENS, cache)
+    assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == arch.cost(spec).params
+
+
+def test_a_stack_without_a_cache_leaves_the_network_without():
+    spec = arch.from_dict(edited({"arch.modules.lower.kv_policy": {"cache": "none"}}, PIPELINE))
+    assert arch.cost(spec).kv_bytes == arch.cost(spec).cache_bytes == 0
+    with pytest.raises(ValueError, match="keeps no cache"):
+        arch.init_cache(spec, 1, 8)
+
+
+def test_scalars_of_modules_share_one_program():
+    window = {"kind": "local", "window": 3}
+    documents = [edited({f"{Q}.stencil": window | {"window": n}}, PIPELINE) for n in (3, 5)]
+    specs = [arch.from_dict(document) for document in documents]
+    assert len({arch.compile_key(spec) for spec in specs}) == 1
+    _, network, params = random_network(documents[0])
+    shared = jitted(lambda knobs: network.apply(params, TOKENS, knobs=knobs)[0])
+    own = jitted(lambda: arch.build(specs[1]).apply(params, TOKENS)[0])()
+    np.testing.assert_allclose(shared(arch.knobs(specs[1])), own, atol=1e-5)
+    assert not np.allclose(shared(arch.knobs(specs[0])), own)
+
+
+Q = "arch.modules.lower.mix_unit.mixer"
+
+
 def test_names_and_inherited_fields_mean_nothing():
     one = arch.from_dict(PIPELINE)
     tree = arch.to_dict(one)
@@ -224,6 +285,9 @@ def test_stages_of_one_module_share_their_weights():
 
 
 P = "arch.pipeline"
+TOKENS_STAGE, READOUT = {"name": "x", "kind": "embedding"}, {"name": "y", "kind": "readout"}
+LATENT = {"name": "bits", "kind": "latent_sampler"}
+LOST = {"name": "lost", "module": "lower", "inputs": ["bits"]}
 WRONG = [
     ({f"{P}.3.inputs": ["nobody"]}, r"arch\.pipeline\[3\]\.inputs: nobody is no earlier stage"),
     ({f"{P}.3.inputs": ["lower"]}, "lower is no earlier stage"),
@@ -255,6 +319,14 @@ WRONG = [
     ),
     ({"arch.modules.encoder.pos.kind": "alibi"}, "one full softmax attention"),
     ({"arch.recurrence": {"body": 2}}, "belongs into a module"),
+    ({"arch.kv_policy": {"quant": "int8"}}, "belongs into a module"),
+    ({f"{P}.3.name": "embedding"}, "is what the first stage may be called"),
+    ({f"{P}.3.name": ""}, "at least 1 character"),
+    ({"arch.modules.": SMALL_STACK}, "needs a name"),
+    ({f"{P}.5.inputs": ["lower", "lower"]}, "names a stage twice, got lower, lower"),
+    ({"arch.modules.lower.d_model": 4}, "must be arch.d_model 16, got 4"),
+    ({P: [TOKENS_STAGE, LATENT, LOST, READOUT]}, "leads no token to the readout"),
+    ({P: [TOKENS_STAGE, LATENT, READOUT | {"inputs": ["bits"]}]}, "has no stack"),
     (
         {"arch.modules.lower.mix_unit.mixer.heads": 3},
         r"arch\.modules\.lower\.mix_unit\.mixer\.heads: must divide d_model 16",
@@ -273,6 +345,8 @@ IDLE = {
     "arch.modules.spare": SMALL_STACK,
     "arch.modules.lower.budget": {"flops_per_token": 1},
     "arch.modules.tokens.norm": "RMSNorm",
+    "arch.modules.lower.output_dim": 11,
+    "arch.modules.bits.cond.source.segment": 3,
     "arch.modules.bits.cond.ops": [{"where": "pre_mixer", "op": "film"}],
     f"{P}.3.mode": "train",
     f"{P}.3.train_only": True,

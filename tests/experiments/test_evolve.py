@@ -126,7 +126,7 @@ def again(out, sweep, capsys):
     shared: dict[str, Any] = {"seq_len": 8, "task": "sums", "held_out": 2}
     args = evolve.Evolve((out.parent / "a.yaml",), top_index=index, top_count=2, **shared)
     specs, _ = evolve.set_up(args)
-    windows = [arch.knobs(s)["mixers"][0]["window"] for s in specs.values()]
+    windows = [arch.knobs(s)["stack"]["mixers"][0]["window"] for s in specs.values()]
     assert windows == [3, 5]  # `a` is met again under another name, `c` has no score
     assert list(specs) == ["a", "run-gen_0-variant_1"]
     refused = [

@@ -127,23 +127,24 @@ class AttentionMixer(nn.Module):
         q = linear("q", heads * size, self.dtype)(x)
         q = split_heads(modulated(self.arch.cond, "proj_q", q, frame, read=x, heads=heads), heads)
         q = self.placed("q", q, self.turns(frame, at)[0])
-        k, v, slots, seen, state = self.past(source(x, frame, self.dtype), frame, state)
-        mask = visible(mixer.stencil, at, slots, frame.knobs)
-        if frame.ahead is not None:
-            mask = mask | frame.ahead
-        if seen is not None:
-            mask = mask & seen
-        scale = frame.knobs.get("scale", size**-0.5)
-        out = attend(
-            *(q, k, v, mask),
-            scale=scale,
-            softcap=frame.knobs.get("softcap"),
-            bias=self.bias(heads, at[:, None] - slots),
-        )
+        out, state = self.found(q, source(x, frame, self.dtype), frame, state)
         y = linear("out", self.arch.d_model, self.dtype, self.gain)(join_heads(out))
         if mixer.value_glu:
             y = y * nn.sigmoid(linear("glu", self.arch.d_model, self.dtype)(x))
         return y, state
+
+    def found(self, q, asked, frame: Frame, state):
+        """What the queries find among keys and values of what is asked and the state, and it."""
+        at, knobs = frame.positions, frame.knobs
+        k, v, slots, seen, state = self.past(asked, frame, state)
+        mask = visible(self.mixer.stencil, at, slots, knobs)
+        if frame.ahead is not None:
+            mask = mask | frame.ahead
+        if seen is not None:
+            mask = mask & seen
+        scale, softcap = knobs.get("scale", q.shape[-1] ** -0.5), knobs.get("softcap")
+        bias = self.bias(q.shape[1], at[:, None] - slots)
+        return attend(q, k, v, mask, scale=scale, softcap=softcap, bias=bias), state
 
     def past(self, x, frame: Frame, state):
         """Keys and values, their positions, who else may not see them, the state with them."""

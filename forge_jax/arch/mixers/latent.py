@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from forge_jax.arch import quantize, sizes
 from forge_jax.arch.conditioning import modulated, ops_at, width_of
+from forge_jax.arch.decay import kept_sums
 from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.attention import NOWHERE, AttentionMixer
 from forge_jax.arch.mixers.frame import Frame
@@ -64,13 +65,7 @@ def followed(
     else:
         keep = (at % update.freq) / (at % update.freq + 1.0)
     keep = keep[None, :, None].astype(jnp.float32)
-    given = (1 - keep) * x.astype(jnp.float32)
-
-    def joined(one, two):
-        return one[0] * two[0], two[0] * one[1] + two[1]
-
-    keep, out = jax.lax.associative_scan(joined, (keep, given), axis=1)
-    return out if before is None else out + keep * before[:, None]
+    return kept_sums((1 - keep) * x.astype(jnp.float32), keep, before)
 
 
 def written(

@@ -7,11 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from forge_jax.arch import sizes
-from forge_jax.arch.conditioning import modulated
-from forge_jax.arch.layers import linear
 from forge_jax.arch.mixers.attention import AttentionMixer, State, averaged
-from forge_jax.arch.mixers.frame import Frame, source
-from forge_jax.models.attention import join_heads, split_heads
+from forge_jax.arch.mixers.frame import Frame
 
 
 def summaries(
@@ -64,27 +61,19 @@ class LinformerMixer(AttentionMixer):
     summed. Decoding keeps every key and value, as full attention does, and sums them when it reads.
     """
 
-    @nn.compact
-    def __call__(self, x, frame: Frame, state: State | None = None):
-        mixer, projection = self.mixer, self.mixer.projection
+    def found(self, q, asked, frame: Frame, state: State | None):
+        """The same as of attention."""
+        projection = self.mixer.projection
         assert projection is not None
         assert projection.block is not None  # canonical form writes it
-        heads, size = sizes.heads_of(mixer, self.arch.d_model)
-        q = linear("q", heads * size, self.dtype)(x)
-        q = split_heads(modulated(self.arch.cond, "proj_q", q, frame, read=x, heads=heads), heads)
-        q = self.placed("q", q, self.turns(frame, frame.positions)[0])
-        k, v, _, _, kept = self.past(source(x, frame, self.dtype), frame, state)
+        k, v, _, _, kept = self.past(asked, frame, state)
         if kept is not None:
             k, v = kept.keys, kept.values  # the token of position i is in slot i
         e = self.weights("E", projection.block)
         f = e if projection.shared else self.weights("F", projection.block)
         far = summaries(k, e), summaries(v, f)
         args = (*(q, k, v, far), frame.positions, projection.block)
-        out = (self.whole if kept is None else self.some)(*args, frame.knobs)
-        y = linear("out", self.arch.d_model, self.dtype, self.gain)(join_heads(out))
-        if mixer.value_glu:
-            y = y * nn.sigmoid(linear("glu", self.arch.d_model, self.dtype)(x))
-        return y, kept
+        return (self.whole if kept is None else self.some)(*args, frame.knobs), kept
 
     def weights(self, name: str, block: int) -> Any:
         """Weights of a block's tokens, near those of their mean."""

@@ -84,6 +84,32 @@ def test_a_rung_that_resumes_is_a_longer_rung(cache, tmp_path):
     assert untimed(again) == untimed(whole)
 
 
+def test_what_was_trained_before_is_looked_up(cache, tmp_path):
+    """Whatever the store holds; other seeds, steps, rates or held-out batches are other results."""
+    results = tmp_path / "results"
+    setup, known = make_setup((3, 4), memo=results), cache.known
+
+    def score(setup, name, done, steps):
+        kept = store(tmp_path / name)
+        return candidates.evaluate(setup, cache, kept, document(), name, done, steps)
+
+    half = score(setup, "a", 0, 20)
+    assert score(setup, "b", 0, 20) == half
+    assert cache.known == known + 1
+    # a longer rung of whom the memo left without a checkpoint
+    whole, plain = score(setup, "b", 20, 30), score(make_setup((3, 4)), "c", 0, 30)
+    assert untimed(whole) == untimed(plain)
+    others = [make_setup((3, 5), memo=results), make_setup((3, 4), memo=results, lr=0.02)]
+    held_out = tasks.batches(TASK, "held_out", 1, range(2), **SIZES)
+    for other in (*others, setup._replace(held_out=held_out)):
+        assert score(other, "d", 0, 20).score != half.score
+    assert cache.known == known + 1
+    for file in results.iterdir():
+        file.write_text("{")
+    assert untimed(score(setup, "e", 0, 20)) == untimed(half)
+    assert cache.known == known + 1
+
+
 def test_scalars_share_one_program(cache, tmp_path):
     """Windows and rates are arguments: nothing is compiled, and they act."""
     scores = set()
@@ -150,7 +176,7 @@ class Table:
 
     logits = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
 
-    def apply(self, variables, tokens, knobs):
+    def apply(self, variables, tokens, knobs, rngs):
         return jnp.asarray(self.logits)[tokens], None
 
 
