@@ -21,7 +21,7 @@ Params = dict[str, bool | int | float | str | None]
 
 
 class ModuleBudget(Node):
-    """What a module may cost."""
+    """What a module may cost; noted as without effect, for budgets are the document's."""
 
     tokens_per_step: NonNegative | None = None
     flops_per_token: NonNegative | None = None
@@ -29,29 +29,36 @@ class ModuleBudget(Node):
 
 
 class Module(Node):
-    """A part of a pipeline; what it leaves open comes from the architecture."""
+    """A part of a pipeline; sizes, mixers, norm and positions left open are the architecture's."""
 
     kind: Literal["transformer", "latent_sampler", "readout", "embedding", "custom"] = "transformer"
+    """an embedding and a readout need no module; custom is refused"""
     d_model: PositiveInt | None = None
+    """that of the architecture"""
     n_layers: PositiveInt | None = None
     mix_unit: MixUnit | None = None
     ffn: FFN | None = None
     norm: NormKind | None = None
     pos: Pos | None = None
     cond: Cond | None = None
+    """of a latent sampler: `source.H` bits a token (8), `reg.kappa` of them free"""
     kv_policy: KVPolicy | None = None
     residual: Residual | None = None
     hierarchy: Hierarchy | None = None
     depth_router: DepthRouter | None = None
     recurrence: Recurrence | None = None
     latent: Params | None = None
+    """refused: see `cond` and `params`"""
     output_dim: PositiveInt | None = None
+    """of a readout: that of the vocabulary"""
     params: Params | None = None
+    """`causal` of a stack (false: sees later tokens; for latent samplers alone to read), `latent_dim`
+    of a latent sampler (features of a code), `vocab_size` of an embedding"""
     budget: ModuleBudget | None = None
 
 
 class StageBudget(Node):
-    """What a stage may cost, relative to its module."""
+    """What a stage may cost, relative to its module; noted as without effect."""
 
     tokens_multiplier: NonNegative | None = None
     compute_multiplier: NonNegative | None = None
@@ -64,19 +71,28 @@ class Stage(Node):
     module: str | None = None
     """whose weights it has; stages of one module share them"""
     kind: Literal["module", "latent_sampler", "readout", "embedding", "custom"] | None = None
+    """its module's; needed where it has none"""
     repeat: PositiveInt = 1
+    """runs in a row, each on what the last one gave"""
     mode: Literal["all", "train", "prefill", "decode", "train_prefill", "inference"] | None = None
+    """without effect: latents are inferred in training only, all else runs always"""
     inputs: tuple[str, ...] | None = None
+    """earlier stages whose mean it reads; the nearest that is no latent by default"""
     kv_from: tuple[str, ...] | None = None
+    """earlier stages, whose mean keys and values are made from in place of the own tokens"""
     mem_from: tuple[str, ...] | None = None
+    """earlier stages, whose mean is mapped and added to what keys and values are made from"""
     train_only: bool = False
+    """without effect, as `mode`"""
     prefill_only: bool = False
+    """refused: a network would not be trained as it is used"""
     params: Params | None = None
+    """refused: a module has them"""
     budget: StageBudget | None = None
 
 
 class Arch(Node):
-    """A stack of equal blocks."""
+    """A stack of equal blocks, or a pipeline of such stacks."""
 
     d_model: Annotated[int, Field(ge=8)]
     n_layers: PositiveInt
@@ -91,7 +107,9 @@ class Arch(Node):
     depth_router: DepthRouter | None = None
     recurrence: Recurrence | None = None
     modules: dict[str, Module] | None = None
+    """by name, for the stages of the pipeline"""
     pipeline: tuple[Stage, ...] | None = None
+    """an embedding, stacks and latents, a readout"""
 
 
 class StepBudget(Node):
