@@ -52,8 +52,8 @@ class Module(Node):
     output_dim: PositiveInt | None = None
     """of a readout: that of the vocabulary"""
     params: Params | None = None
-    """of a stack `causal` (false: it sees later tokens, and latent samplers alone may read it), of a
-    latent sampler `latent_dim` (features of a code), of an embedding `vocab_size`"""
+    """of a stack `causal` (false: it sees later tokens, and latent samplers alone may read it), of
+    a latent sampler `latent_dim` (features of a code), of an embedding `vocab_size`"""
     budget: ModuleBudget | None = None
 
 
