@@ -287,6 +287,11 @@ def train(args: Train | Sweep) -> int:
         write_report(run.path, rest)
         write_lineage(run.path)
         done = runs.finish(run)
+    if cache.known:
+        print(
+            f"{cache.known} results were known ({setup.memo}): their times are of the runs that "
+            "trained them, and they left no checkpoints here; --cache None trains everything"
+        )
     print(f"report: {done / 'search_report.json'}")
     return 0
 

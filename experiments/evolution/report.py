@@ -214,5 +214,7 @@ def words(built: dict[str, Any], most: int = 5) -> str:
             gap, p = f"{versus['difference']:+.4f}", shown.number(versus["p"], 2)
             tail = f"{gap} against the baseline, p {p}: {versus['verdict']}"
         lines.append(f"  fresh seeds, {e['cfg_path']}: {e['score']:.4f}, {tail}")
-    lines.append(f"  {len(built['candidates'])} candidates, {built['failed']} failures")
+    count = len(built["candidates"])
+    best = f", the best {most} above" if count > most else ""
+    lines.append(f"  {count} candidates{best}, {built['failed']} failures")
     return "\n".join(lines)

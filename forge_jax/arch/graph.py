@@ -46,7 +46,7 @@ def _modules(spec: Spec) -> Iterator[Finding]:
     arch, vocabulary = spec.arch, sizes.vocabulary_of(spec)
     for field in OWN:
         if getattr(arch, field) is not None:
-            yield ("arch", field), "belongs into a module, beside a pipeline"
+            yield ("arch", field), "stands in the modules where there is a pipeline"
     for name, module in (arch.modules or {}).items():
         path: Path = ("arch", "modules", name)
         if not name:
