@@ -29,7 +29,7 @@ def test_shipped_documents_are_valid(path, capsys):
 
 
 def test_a_bad_document_is_told_and_fails(tmp_path, capsys):
-    good = ARCHS[0].read_text()
+    good = (ARCHS[0].parent / "nanogpt_tiny.yaml").read_text()
     (tmp_path / "a.yaml").write_text(good.replace("heads: 6", "heads: 7"))
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     files = (tmp_path / "a.yaml", ARCHS[0], tmp_path / "b.yaml", tmp_path / "absent.yaml")
