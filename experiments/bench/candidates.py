@@ -185,7 +185,8 @@ def make(shape: Shape, floor: float, retained: bool) -> race.Race:
     state = start(jax.random.key(0), rates)
     mixer = retention if retained else attention
     run, program = ours(state, spec, chunk, rates)
-    first, peer = run(AGREED), LOOP if retained else EAGER
+    agreed = min(AGREED, shape.steps)
+    first, peer = run(agreed), LOOP if retained else EAGER
 
     def peers(steps: int = shape.steps) -> Callable[[], float]:
         few = tasks.Batches(*(x[:steps] for x in chunk))
@@ -197,7 +198,7 @@ def make(shape: Shape, floor: float, retained: bool) -> race.Race:
         {**shape._asdict(), "parameters": arch.cost(spec).params},
         {
             race.OURS: race.Contender(run, program.compile_s, answer=lambda: first),
-            peer: race.Contender(peers(), answer=lambda: peers(AGREED)()),
+            peer: race.Contender(peers(), answer=lambda: peers(agreed)()),
         },
         lambda a, b: abs(a - b) / abs(b),
         1e-4,
