@@ -93,7 +93,7 @@ def mutant_sees_only_the_past(document, steps, rng):
     sees_only_the_past(spec)
 
 
-test_twenty_mutants = mutants(20)
+test_ten_mutants = mutants(10)
 test_two_hundred_mutants = pytest.mark.slow(mutants(200))
 FLOORS = {s["kind"]: edited({f"{MIXER}.stencil": s}) for s in STENCILS}
 FLOORS |= {name: edited(changes) for name, changes in OTHERS.items()}

@@ -36,7 +36,9 @@ COARSE = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, COARSE], ids=["plain", "coarse"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param(COARSE, marks=pytest.mark.slow)], ids=["plain", "coarse"]
+)
 def test_decoding_is_the_full_pass_and_nothing_looks_ahead_in_use(changes):
     spec, network, params = random_network(edited(changes, PIPELINE))
     key = jax.random.key(3)
