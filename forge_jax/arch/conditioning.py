@@ -19,6 +19,7 @@ from forge_jax.arch.mixers.frame import Frame
 from forge_jax.arch.mixing import Attention, Mixer, Retention
 from forge_jax.arch.schema import Arch
 from forge_jax.arch.structure import Cond, CondOp
+from forge_jax.arch.text import Finding
 
 WIDTH = 16  # features of the condition where a document does not say
 # initial deviation of what an op adds, in that of the condition: near the network without the op,
@@ -189,7 +190,7 @@ def conditioned(mixer: Mixer) -> bool:
     return isinstance(mixer, Attention | Retention)
 
 
-def problems_of(arch: Arch) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def problems_of(arch: Arch) -> Iterator[Finding]:
     """Why the condition cannot be built, as in `rules`."""
     cond, path = arch.cond, ("arch", "cond")
     if cond is None:
@@ -223,7 +224,7 @@ def _op_problems(op: CondOp, arch: Arch) -> Iterator[tuple[str, str]]:
         yield "where", "ln needs a residual that norms what a sublayer reads"
 
 
-def notes_of(arch: Arch, context: int) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def notes_of(arch: Arch, context: int) -> Iterator[Finding]:
     """Fields of the condition that have no effect, as in `rules`."""
     cond, path = arch.cond, ("arch", "cond")
     if cond is None or cond.source is None:

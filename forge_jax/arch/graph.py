@@ -17,9 +17,8 @@ from forge_jax.arch.pipeline import (
 )
 from forge_jax.arch.schema import Arch, Module, Spec, Stage
 from forge_jax.arch.structure import Cond
+from forge_jax.arch.text import Finding, Path
 
-Path = tuple[str | int, ...]
-Finding = tuple[Path, str]
 READS = ("inputs", "kv_from", "mem_from")
 # Which of its fields act on a module, by its kind.
 ACTING = {

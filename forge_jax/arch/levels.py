@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from forge_jax.arch.schema import Arch
 from forge_jax.arch.structure import HierarchyLevel
+from forge_jax.arch.text import Finding
 
 DOWNSAMPLE = 0.5  # where a level does not say
 MOST_LAYERS = 4096  # of a stack with levels, whose layers are counted one by one
-Found = Iterator[tuple[tuple[str | int, ...], str]]
 
 
 class Level(NamedTuple):
@@ -79,7 +79,7 @@ def canonical_hierarchy(arch: Arch) -> dict[str, Any] | None:
     return {"levels": levels} if levels else None
 
 
-def problems(arch: Arch, context: int) -> Found:
+def problems(arch: Arch, context: int) -> Iterator[Finding]:
     """Why a hierarchy cannot be built."""
     path = ("arch", "hierarchy")
     levels = arch.hierarchy.levels if arch.hierarchy else ()
@@ -100,7 +100,7 @@ def problems(arch: Arch, context: int) -> Found:
         seen.add(level.every)
 
 
-def notes(arch: Arch) -> Found:
+def notes(arch: Arch) -> Iterator[Finding]:
     """Levels without effect."""
     said: list[Level | None] = [None] * min(arch.n_layers, MOST_LAYERS)
     levels = enumerate(arch.hierarchy.levels if arch.hierarchy else ())

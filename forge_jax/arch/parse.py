@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from forge_jax.arch import rules
 from forge_jax.arch.schema import Spec
-from forge_jax.arch.text import DocumentError, Lines, dotted, read_yaml, write_yaml
+from forge_jax.arch.text import DocumentError, Finding, Lines, Path, dotted, read_yaml, write_yaml
 
 
 def parse(text: str, *, strict: bool = False) -> Spec:
@@ -45,7 +45,7 @@ def _checked(document: Any, lines: Lines, strict: bool) -> Spec:
     return spec
 
 
-def _located(problem: Any, document: Any) -> rules.Finding:
+def _located(problem: Any, document: Any) -> Finding:
     """One of pydantic's problems with the path in the document and what stands there."""
     path: list[str | int] = []
     here = document
@@ -64,12 +64,12 @@ def _located(problem: Any, document: Any) -> rules.Finding:
     return tuple(path), f"{reason}, got {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
-def _report(found: list[rules.Finding], lines: Lines) -> DocumentError:
+def _report(found: list[Finding], lines: Lines) -> DocumentError:
     rows = {f"  {locate(path, lines)}: {sentence}" for path, sentence in found}
     return DocumentError("\n".join(["The document does not fit:", *sorted(rows)]))
 
 
-def locate(path: rules.Path, lines: Lines) -> str:
+def locate(path: Path, lines: Lines) -> str:
     """A path, with the line of it or of the nearest parent that has one."""
     for length in range(len(path), 0, -1):
         if path[:length] in lines:

@@ -20,9 +20,7 @@ from forge_jax.arch.mixing import (
 from forge_jax.arch.pipeline import module_arch
 from forge_jax.arch.schema import Arch, Spec
 from forge_jax.arch.structure import MoEFFN, Schedule
-
-Path = tuple[str | int, ...]
-Finding = tuple[Path, str]
+from forge_jax.arch.text import Finding, Path
 
 # stencil kind -> (fields it needs, fields it may have)
 STENCILS: dict[str, tuple[set[str], set[str]]] = {

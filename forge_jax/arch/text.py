@@ -12,7 +12,11 @@ import yaml
 
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 32
-Lines = dict[tuple[str | int, ...], int]
+Path = tuple[str | int, ...]
+"""keys and indices from the document to a node"""
+Finding = tuple[Path, str]
+"""where, and a sentence"""
+Lines = dict[Path, int]
 """path of a node -> its line, from 1"""
 
 
@@ -94,7 +98,7 @@ def _refuse_tricks(text: str) -> None:
             depth -= 1
 
 
-def _plain(node: yaml.Node, path: tuple[str | int, ...], lines: Lines) -> Any:
+def _plain(node: yaml.Node, path: Path, lines: Lines) -> Any:
     """Construct a node and note where it and its children stand."""
     line = lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.SequenceNode):
@@ -119,7 +123,7 @@ def _scalar(node: yaml.Node) -> Any:
     return loader.construct_object(node)
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
+def dotted(path: Path) -> str:
     """A path as `arch.mix_unit.choices[0].heads`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".") or "the document"

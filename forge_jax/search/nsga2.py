@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from forge_jax.search import genome
+from forge_jax.search.order import argsort, lexsort, places
 from forge_jax.search.pareto import crowding_distance, non_dominated_rank
 from forge_jax.search.variation import polynomial_mutation, simulated_binary_crossover
 
@@ -203,7 +204,7 @@ def _sort(members, fitness, violation):
     # What is not feasible shares the rank below the last front, and is told apart from there.
     rank = non_dominated_rank(jnp.where(feasible[:, None], fitness, jnp.inf))
     missed = jnp.where(distinct & ~feasible, violation, jnp.inf)
-    behind = jnp.searchsorted(jnp.sort(missed), missed).astype(rank.dtype)
+    behind = places(missed).astype(rank.dtype)
     rank = jnp.where(feasible, rank, rank + behind)
     rank = jnp.where(evaluated, jnp.where(distinct, rank, COPY), FAILED)
     return rank, crowding_distance(fitness, rank)
@@ -224,7 +225,7 @@ def _copies(
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     hashes = (bits ^ (bits >> 16)).sum(axis=1, dtype=jnp.uint32)
-    order = jnp.lexsort((hashes, ~evaluated))
+    order = lexsort([hashes, ~evaluated])
     ordered = members[order]
     equal = jnp.concatenate([jnp.zeros(1, bool), (ordered[1:] == ordered[:-1]).all(axis=1)])
     return jnp.zeros(len(members), bool).at[order].set(equal & evaluated[order])
@@ -232,7 +233,7 @@ def _copies(
 
 def _survive(state: State, places: int) -> State:
     """Keep the `places` best by rank, then by crowding; copies fill what failures leave free."""
-    order = jnp.lexsort((-state.crowding, state.rank))
+    order = lexsort([-state.crowding, state.rank])
     usable = _usable(state)
     keep = order[jnp.arange(places) % usable]
     rank = jnp.where(jnp.arange(places) < usable, state.rank[keep], COPY)
@@ -257,8 +258,8 @@ def _tournament(key: Array, state: State, winners: int) -> Int[Array, " winners"
 
     Every usable member enters equally often, as with the two permutations of Deb's own code.
     """
-    order = jnp.argsort(state.rank == FAILED, stable=True)
-    shuffled = jnp.argsort(jax.random.bits(key, (2 * winners,)))
+    order = argsort(state.rank == FAILED)
+    shuffled = argsort(jax.random.bits(key, (2 * winners,)))
     entries = shuffled % _usable(state)
     a, b = order[entries].reshape(2, winners)
     rank, crowding = state.rank, state.crowding

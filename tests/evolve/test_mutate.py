@@ -73,6 +73,15 @@ def test_children_can_be_built():
             buildable(child.spec)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_all_of_five_hundred_children_can_be_built(part):
+    """Five minutes on two cores, in four parts that two workers share."""
+    for i, (_, child) in enumerate(walk(500)):
+        if i % 4 == part:
+            buildable(child.spec)
+
+
 @pytest.mark.parametrize("name", evolve.OPERATORS)
 def test_an_operator_is_a_pure_function(name):
     """It leaves its parent alone, and the same generator makes the same child."""
