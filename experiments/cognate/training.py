@@ -96,11 +96,11 @@ def schedule(settings: Settings, peak: float) -> optax.Schedule:
 def is_fallback(path: str, leaf: Any) -> bool:
     """Whether a leaf is no matrix that turns features into features."""
     last = path.rpartition("/")[2]
-    heads = ("w_halt", "w_rates")  # a handful of scalars each
+    few = ("w_halt", "w_rates", "ltm/conv_")  # a handful of scalars for each feature or in all
     return (
         optim.is_embedding(path, leaf)
         or last in ("scale", "bias")
-        or any(head in path for head in heads)
+        or any(part in path for part in few)
     )
 
 

@@ -45,7 +45,7 @@ def answers_at(tokens, places) -> Int[np.ndarray, "rows time"]:
 
 
 def recall(
-    distances: tuple[int, ...], pairs: int = 4, symbols: int = 8, questions: int = 1
+    distances: tuple[int, ...], pairs: int = 4, symbols: int = 8, questions: int = 4
 ) -> Task:
     """Pairs of key and value, filler, then some of the keys again: what was each one's value?
 

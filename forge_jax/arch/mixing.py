@@ -46,6 +46,7 @@ class Stencil(Node):
     kind: Literal["full", "local", "sliding", "dilated", "block", "ring", "hybrid", "cross"] = (
         "full"
     )
+    """the pattern; cross is refused, for a stage has `kv_from`"""
     window: PositiveInt | None = None
     """tokens seen, itself among them (local, sliding, hybrid; of a dilated pattern: every hit)"""
     dilation: PositiveInt | None = None
@@ -66,6 +67,7 @@ class Kernel(Node):
     """Random features in place of the softmax (Performer)."""
 
     name: Literal["favor", "gaussian", "laplace"] = "favor"
+    """positive features of the softmax kernel; the other two are refused"""
     features: PositiveInt | None = None
     """random features per head"""
     redraw: Count | None = None
@@ -78,6 +80,7 @@ class Softmax(Node):
     """How scores become weights."""
 
     type: Literal["standard", "kernel", "scaled"] = "standard"
+    """softmax, random features in its place, or softmax with `qk_scale`"""
     qk_scale: PositiveFloat | Literal["sqrt_d"] | None = None
     """factor of the scores; "sqrt_d" and None are 1 / sqrt(head_dim)"""
     qk_norm: Literal["none", "rms", "layer"] = "none"
@@ -85,12 +88,14 @@ class Softmax(Node):
     softcap: PositiveFloat | None = None
     """scores s become c tanh(s / c)"""
     kernel: Kernel | None = None
+    """the random features (kernel)"""
 
 
 class Projection(Node):
     """Linformer's projection of the length, block by block."""
 
     type: Literal["low_rank", "none"] = "none"
+    """low_rank is Linformer's, none plain attention"""
     rank: PositiveInt | None = None
     """blocks that the context is cut into; a block that has ended is one key and one value"""
     block: PositiveInt | None = None
@@ -111,18 +116,25 @@ class Attention(Node):
     model_config = NODE | ConfigDict(json_schema_extra=with_groups)
 
     kind: Literal["Attention"]
+    """which of the alternatives this is"""
     heads: PositiveInt | None = None
+    """query heads; the most even parts of at least 64 features by default"""
     kv_heads: PositiveInt | None = Field(
         None, validation_alias=AliasChoices("kv_heads", "groups"), serialization_alias="kv_heads"
     )
     """heads of keys and values, each shared by heads / kv_heads queries; `groups` is accepted"""
     head_dim: Annotated[int, Field(ge=2)] | None = None
+    """features of a head, d_model / heads by default"""
     stencil: Stencil | None = None
+    """which earlier tokens are seen, all by default"""
     softmax: Softmax | None = None
+    """how scores become weights"""
     projection: Projection | None = None
+    """keys and values of whole blocks"""
     pos: PositionKind | Literal["none"] | None = None
     """"none" leaves this mixer without the positions of `arch.pos`"""
     mode: Literal["parallel"] | None = None
+    """without effect"""
     value_glu: bool = False
     """the output is gated by sigmoid(W x)"""
 
@@ -131,30 +143,39 @@ class Retention(Node):
     """Multi-scale retention (RetNet)."""
 
     kind: Literal["Retention"]
+    """which of the alternatives this is"""
     heads: PositiveInt | None = None
+    """heads; the most even parts of at least 64 features by default"""
     head_dim: Annotated[int, Field(ge=2)] | None = None
+    """features of a head, d_model / heads by default"""
     chunk: PositiveInt | None = None
     """tokens per chunk of the chunkwise form; None is one chunk, the parallel form"""
     mode: Literal["parallel", "recurrent"] | None = None
+    """how outputs are computed, all at once or token by token: the same up to rounding"""
 
 
 class SSM(Node):
     """Selective state space with one decay per head (Mamba-2)."""
 
     kind: Literal["SSM"]
+    """which of the alternatives this is"""
     d_state: PositiveInt | None = None
     """size of the state per feature, 16 by default"""
     expand: PositiveFloat | None = None
     """inner features per model feature, 2 by default"""
     heads: PositiveInt | None = None
+    """heads; the most even parts of at least 64 features by default"""
     chunk: PositiveInt | None = None
+    """tokens per chunk of the chunkwise form; None is one chunk"""
     mode: Literal["parallel", "recurrent"] | None = None
+    """how outputs are computed, all at once or token by token: the same up to rounding"""
 
 
 class LongConv(Node):
     """Gated depthwise causal convolution."""
 
     kind: Literal["LongConv"]
+    """which of the alternatives this is"""
     kernel_len: PositiveInt | None = None
     """taps, the present token among them, 16 by default"""
 
@@ -168,6 +189,7 @@ class Router(Node):
     topk: PositiveInt | None = None
     """choices kept per token; None keeps all"""
     temp: PositiveFloat = 1.0
+    """temperature of the softmax"""
     balance: NonNegative = 0.0
     """weight of the balance loss"""
 
@@ -176,14 +198,18 @@ class SingleUnit(Node):
     """One mixer."""
 
     kind: Literal["single"]
+    """which of the alternatives this is"""
     mixer: Mixer
+    """the mixer"""
 
 
 class ParUnit(Node):
     """Several mixers side by side."""
 
     kind: Literal["par"]
+    """which of the alternatives this is"""
     choices: Annotated[tuple[Mixer, ...], Field(min_length=1)]
+    """the mixers"""
     merge: Literal["Add", "WeightedAdd", "Concat"]
     """sum, softmax-weighted mean, or a linear map of all"""
 
@@ -192,8 +218,11 @@ class RouteUnit(Node):
     """Several mixers of which the router picks, token by token."""
 
     kind: Literal["route"]
+    """which of the alternatives this is"""
     choices: Annotated[tuple[Mixer, ...], Field(min_length=1)]
+    """the mixers that can be picked"""
     router: Router
+    """who picks"""
     merge: Literal["Add", "WeightedAdd", "Concat"] = "WeightedAdd"
     """WeightedAdd sums by gate, Add sums what was picked, Concat maps the gated outputs"""
 

@@ -24,8 +24,11 @@ class ModuleBudget(Node):
     """What a module may cost; noted as without effect, for budgets are the document's."""
 
     tokens_per_step: NonNegative | None = None
+    """tokens of a training step"""
     flops_per_token: NonNegative | None = None
+    """of the forward pass"""
     latency_ms: NonNegative | None = None
+    """of decoding a token"""
 
 
 class Module(Node):
@@ -36,17 +39,27 @@ class Module(Node):
     d_model: PositiveInt | None = None
     """that of the architecture"""
     n_layers: PositiveInt | None = None
+    """blocks of its stack"""
     mix_unit: MixUnit | None = None
+    """what mixes its tokens"""
     ffn: FFN | None = None
+    """feed-forward network of its blocks"""
     norm: NormKind | None = None
+    """norm of its blocks"""
     pos: Pos | None = None
+    """positions of its mixers"""
     cond: Cond | None = None
     """of a latent sampler: `source.H` bits a token (8), `reg.kappa` of them free"""
     kv_policy: KVPolicy | None = None
+    """what its decoding keeps of the past"""
     residual: Residual | None = None
+    """how its blocks add to their input"""
     hierarchy: Hierarchy | None = None
+    """its coarser layers"""
     depth_router: DepthRouter | None = None
+    """which tokens pass its layers by"""
     recurrence: Recurrence | None = None
+    """its loop"""
     latent: Params | None = None
     """refused: see `cond` and `params`"""
     output_dim: PositiveInt | None = None
@@ -55,19 +68,23 @@ class Module(Node):
     """of a stack `causal` (false: it sees later tokens, and latent samplers alone may read it), of
     a latent sampler `latent_dim` (features of a code), of an embedding `vocab_size`"""
     budget: ModuleBudget | None = None
+    """without effect"""
 
 
 class StageBudget(Node):
     """What a stage may cost, relative to its module; noted as without effect."""
 
     tokens_multiplier: NonNegative | None = None
+    """tokens, as a share of its module's"""
     compute_multiplier: NonNegative | None = None
+    """FLOPs, as a share of its module's"""
 
 
 class Stage(Node):
     """A step of a pipeline."""
 
     name: Annotated[str, Field(min_length=1)]
+    """what other stages call it"""
     module: str | None = None
     """whose weights it has; stages of one module share them"""
     kind: Literal["module", "latent_sampler", "readout", "embedding", "custom"] | None = None
@@ -89,23 +106,36 @@ class Stage(Node):
     params: Params | None = None
     """refused: a module has them"""
     budget: StageBudget | None = None
+    """without effect"""
 
 
 class Arch(Node):
     """A stack of equal blocks, or a pipeline of such stacks."""
 
     d_model: Annotated[int, Field(ge=8)]
+    """features of a token between blocks"""
     n_layers: PositiveInt
+    """blocks of the stack"""
     mix_unit: MixUnit
+    """what mixes the tokens of a block"""
     ffn: FFN
+    """feed-forward network of a block"""
     norm: NormKind
+    """norm of the blocks, and before the readout"""
     pos: Pos
+    """positions of all mixers"""
     cond: Cond | None = None
+    """a learned condition that acts on the blocks"""
     kv_policy: KVPolicy | None = None
+    """what decoding keeps of the past"""
     residual: Residual | None = None
+    """how a block adds to its input; norms before the sublayers by default"""
     hierarchy: Hierarchy | None = None
+    """layers that work on blocks of tokens"""
     depth_router: DepthRouter | None = None
+    """which tokens pass a layer by"""
     recurrence: Recurrence | None = None
+    """a part of the stack that runs several times"""
     modules: dict[str, Module] | None = None
     """by name, for the stages of the pipeline"""
     pipeline: tuple[Stage, ...] | None = None
@@ -116,8 +146,11 @@ class StepBudget(Node):
     """What a training run may spend."""
 
     tokens_per_step: NonNegative | None = None
+    """tokens of a training step"""
     max_steps: PositiveInt | None = None
+    """training steps"""
     flops_per_step: NonNegative | None = None
+    """FLOPs of a training step"""
 
 
 class Train(Node):
@@ -126,8 +159,11 @@ class Train(Node):
     ctx_len: Annotated[int, Field(ge=8)]
     """tokens of a training row, and the most that the network reads"""
     lr: PositiveFloat | None = None
+    """learning rate, 1e-3 by default"""
     wd: NonNegative | None = None
+    """decoupled weight decay of the matrices, 0.01 by default"""
     betas: Annotated[tuple[float, ...], Field(min_length=2, max_length=2)] | None = None
+    """what Adam's two moments keep of their past, 0.9 and 0.95 by default"""
     clip: PositiveFloat | None = None
     """largest global norm of a gradient"""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -135,12 +171,14 @@ class Train(Node):
     vocab_size: PositiveInt | None = None
     """256, bytes, by default"""
     budget: StepBudget | None = None
+    """what a run may spend"""
 
 
 class Budget(Node):
     """What the network may cost."""
 
     params_target: PositiveFloat | None = None
+    """parameters"""
     flops_target: PositiveFloat | Annotated[str, Field(pattern="^match:.+")] | None = None
     """FLOPs of a training step of one row, a number or "match:NAME" of another network"""
 
@@ -149,8 +187,11 @@ class Spec(Node):
     """A whole document."""
 
     arch: Arch
+    """the network"""
     train: Train
+    """how it is trained"""
     budget: Budget | None = None
+    """what it may cost"""
 
 
 def json_schema() -> dict[str, Any]:

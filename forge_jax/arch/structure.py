@@ -20,19 +20,26 @@ class DenseFFN(Node):
     """Two layers, or three where the activation gates (swiglu, geglu)."""
 
     kind: Literal["dense"]
+    """which of the alternatives this is"""
     mult: PositiveFloat
     """hidden features per model feature"""
     act: Literal["relu", "gelu", "silu", "swiglu", "geglu"]
+    """activation; swiglu and geglu gate"""
 
 
 class MoEFFN(Node):
     """A mixture of such networks, `topk` of `experts` per token."""
 
     kind: Literal["moe"]
+    """which of the alternatives this is"""
     mult: PositiveFloat
+    """hidden features of an expert per model feature"""
     act: Literal["relu", "gelu", "silu", "swiglu", "geglu"]
+    """activation; swiglu and geglu gate"""
     experts: PositiveInt
+    """networks to pick from"""
     topk: PositiveInt = 1
+    """networks that a token passes"""
     capacity: PositiveFloat | None = None
     """tokens an expert takes, in shares of an even load so far; None takes all"""
 
@@ -44,30 +51,38 @@ class LongRope(Node):
     """Shape of the per-dimension factors."""
 
     alpha: PositiveFloat
+    """exponent of the factor: 1 reaches it whole, at the slowest pair"""
     beta: PositiveFloat
+    """exponent of the pair's place, from 0 (fastest) to 1"""
 
 
 class Scaling(Node):
     """How rotary frequencies reach contexts that are longer than those of training."""
 
     type: Literal["ntk", "linear", "yarn", "longrope"]
+    """which law of the frequencies"""
     factor: PositiveFloat
+    """context in contexts of training"""
     longrope: LongRope | None = None
+    """the law's shape (longrope)"""
 
 
 class Rope(Node):
     """Rotary positions."""
 
     theta: PositiveFloat = 10000.0
+    """base of the wavelengths"""
     dims: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """features of each head that turn, its first; None turns all"""
     scaling: Scaling | None = None
+    """for contexts longer than those of training"""
 
 
 class Pos(Node):
     """What tells a token where it stands."""
 
     kind: PositionKind
+    """rotary, linear bias, learned bias by distance, learned vectors, or rotary with decay"""
     rope: Rope | None = None
     """for rope and xpos"""
 
@@ -87,20 +102,26 @@ class LatentCache(Node):
     """Keys and values as linear maps of one cached vector."""
 
     dim: PositiveInt
+    """features of the vector"""
     heads: PositiveInt | None = None
     """of keys and values, in place of the mixers' kv_heads"""
     update: LatentUpdate | None = None
+    """how the vector follows the tokens; one for each token by default"""
 
 
 class KVPolicy(Node):
     """What decoding keeps of the past."""
 
     cache: Literal["full", "window", "ring", "none", "latent"] = "full"
+    """all keys and values, the last `window` of them, none, or one small vector a token"""
     window: PositiveInt | None = None
     """tokens kept (window, ring); attention sees no more than these, in training too"""
     quant: Literal["none", "fp8", "nf4", "int8"] = "none"
+    """number format of what is kept"""
     evict: str | None = None
+    """refused"""
     latent: LatentCache | None = None
+    """the small vector (latent)"""
 
 
 class CondSource(Node):
@@ -118,6 +139,7 @@ class CondReg(Node):
     """What keeps the condition small."""
 
     kind: Literal["freebits", "none"]
+    """a penalty for bits above `kappa`, or none"""
     kappa: NonNegative | None = None
     """bits per token that cost nothing (freebits)"""
 
@@ -139,14 +161,18 @@ class Cond(Node):
     """A learned condition of the blocks."""
 
     source: CondSource | None = None
+    """where it comes from"""
     reg: CondReg | None = None
+    """what keeps it small"""
     ops: tuple[CondOp, ...] | None = None
+    """what it does"""
 
 
 class Residual(Node):
     """How a block adds to its input."""
 
     kind: Literal["single", "dual", "deepnet"] = "single"
+    """one stream, two (ResiDual), or post-norm with scaled inputs (DeepNet)"""
     pre_ln: bool | None = None
     """norm of what a sublayer reads (single, True by default)"""
     post_ln: bool | None = None
@@ -170,12 +196,14 @@ class Hierarchy(Node):
     """Coarser levels of the stack."""
 
     levels: Annotated[tuple[HierarchyLevel, ...], Field(min_length=1)]
+    """which layers are coarse, and how much"""
 
 
 class DepthRouter(Node):
     """Which tokens, or sequences, pass a layer by."""
 
     kind: Literal["token", "layer", "none"] = "none"
+    """tokens that pass a layer by, whole layers (refused), or none"""
     budget: Fraction | None = None
     """share of the tokens that a layer is to work on"""
     tau: PositiveFloat | None = None
@@ -188,11 +216,13 @@ class Schedule(Node):
     """How many loops a training step takes."""
 
     kind: Literal["fixed", "poisson_lognormal"] = "fixed"
+    """always `train` loops, or drawn anew in every step"""
     mean: PositiveFloat | None = None
     """of the Poisson rate"""
     sigma: NonNegative | None = None
     """deviation of the logarithm of the rate, 0 by default"""
     min: PositiveInt | None = None
+    """least loops"""
     max: PositiveInt | None = None
     """loops that are computed; 2 mean + 1 by default"""
     curriculum: Literal["none", "linear", "sqrt"] = "none"
@@ -207,18 +237,25 @@ class Loops(Node):
     """How often the body runs."""
 
     train: PositiveInt = 1
+    """loops in training"""
     eval: PositiveInt | None = None
+    """loops in use, as in training by default"""
     schedule: Schedule | None = None
+    """how loops change in training"""
 
 
 class Recurrence(Node):
     """Layers split into prelude, a body that runs again and again, and coda."""
 
     prelude: Count = 0
+    """blocks before the loop"""
     body: PositiveInt
+    """blocks of the loop"""
     coda: Count = 0
+    """blocks after the loop"""
     adapter: Literal["identity", "residual", "concat_linear"] = "identity"
     """the state between loops: s, s + anchor, or W [anchor; s]"""
     noise_std: NonNegative = 0.0
     """noise added to the first state in training"""
     loops: Loops | None = None
+    """how often the body runs"""

@@ -33,7 +33,7 @@ def non_dominated_rank(fitness: Float[Array, "population objectives"]) -> Int[Ar
     rows = fitness.shape[0]
     finite = jnp.isfinite(fitness).all(axis=1, keepdims=True)
     values = jnp.where(finite, fitness, jnp.inf)
-    order = lexsort(values.T[::-1])
+    order = lexsort(tuple(values.T[::-1]))
     values = values[order]
     is_new = jnp.any(values[1:] != values[:-1], axis=1)
     # One row of each set of equal ones is ranked. Of two different rows the earlier is no larger in

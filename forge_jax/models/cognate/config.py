@@ -34,6 +34,8 @@ class CognateConfig:
     """matrices of the neural memory"""
     memory_chunk: int = 16
     """tokens whose gradients are taken at the same weights of the neural memory"""
+    memory_taps: int = 4
+    """tokens, the last among them, that its keys, values and queries are made from; 1: no mixing"""
     gate_hidden: int = 160
     gate_entropy: float = 1e-3
     """weight of the gate's entropy, which is rewarded so that the gate does not saturate"""
@@ -74,7 +76,15 @@ class CognateConfig:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {got!r}.")
         least_one = (
             *("vocab_size", "d_model", "layers", "heads", "d_ff", "max_positions", "window"),
-            *("d_mem", "memory_depth", "memory_chunk", "gate_hidden", "steps", "micro_steps"),
+            *(
+                "gate_hidden",
+                "d_mem",
+                "memory_depth",
+                "memory_chunk",
+                "memory_taps",
+                "steps",
+                "micro_steps",
+            ),
             *("answer_heads", "loss_rows"),
         )
         for name in least_one:

@@ -37,9 +37,9 @@ class Stream(NamedTuple):
     """The state of the neural memory between two pieces of a stream."""
 
     state: Titans  # at the start of the current chunk, per sequence
-    pending: Float[Array, "batch chunk d"]  # the current chunk's inputs
-    pending_first: Bool[Array, "batch chunk"]
-    count: Int[Array, ""]  # how many of them there are
+    pending: Float[Array, "batch taps+chunk-1 d"]  # inputs: taps - 1 of before, the chunk's
+    pending_first: Bool[Array, "batch taps+chunk-1"]
+    count: Int[Array, ""]  # how many of the chunk's there are
 
 
 def init_ema(batch: int, d_mem: int) -> Ema:
@@ -48,12 +48,11 @@ def init_ema(batch: int, d_mem: int) -> Ema:
     return Ema(jnp.zeros((batch, d_mem)), zeros, zeros, zeros)
 
 
-def init_stream(weights: Weights, batch: int, chunk: int, d: int) -> Stream:
+def init_stream(weights: Weights, batch: int, config: CognateConfig) -> Stream:
     """The initial weights in every sequence, and an empty chunk."""
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), init_titans(weights))
-    return Stream(
-        state, jnp.zeros((batch, chunk, d)), jnp.zeros((batch, chunk), bool), jnp.int32(0)
-    )
+    rows = batch, config.memory_taps - 1 + config.memory_chunk
+    return Stream(state, jnp.zeros((*rows, config.d_model)), jnp.zeros(rows, bool), jnp.int32(0))
 
 
 def average(
@@ -102,10 +101,13 @@ class EmaMemory(nn.Module):
 class TitansMemory(nn.Module):
     """The neural memory of `forge_jax.models.cognate.titans` between two projections.
 
-    Keys and queries have unit length and pass SiLU, values pass SiLU (the paper's section 4.4; its
-    depthwise convolutions, which the attention layers below stand in for, are left out). The three
-    rates are sigmoids of the token. Whatever a token forgets, capacity bounds what is kept:
-    keep = (1 - alpha) exp(-1 / capacity).
+    Each of keys, values and queries passes a depthwise convolution over the document's last
+    `memory_taps` tokens and SiLU; keys and queries then have unit length (the paper's section 4.4).
+    The convolution is what binds neighbours: a value stands behind its key. At first a query is
+    the key that the next token would write under, but for that token's own part: it asks what came
+    when the document stood here before. This start is ours; queries drawn on their own seldom
+    learn to find a key (`docs/log.md`). The three rates are sigmoids of the token. Whatever a token
+    forgets, capacity bounds what is kept: keep = (1 - alpha) exp(-1 / capacity).
     """
 
     config: CognateConfig
@@ -113,10 +115,16 @@ class TitansMemory(nn.Module):
     def setup(self):
         config, init = self.config, nn.initializers.normal(0.02)
 
-        def dense(width):
+        def dense(width, init=init):
             return nn.Dense(width, use_bias=False, kernel_init=init)
 
-        self.w_k, self.w_v, self.w_q = (dense(config.d_mem) for _ in range(3))
+        self.w_k, self.w_v = dense(config.d_mem), dense(config.d_mem)
+        self.w_q = dense(config.d_mem, lambda *_: jnp.copy(self.w_k.variables["params"]["kernel"]))
+        self.taps = (None,) * 3
+        if config.memory_taps > 1:
+            shape = config.memory_taps, config.d_mem
+            k, v = (self.param(name, _taps_init, shape) for name in ("conv_k", "conv_v"))
+            self.taps = k, v, self.param("conv_q", lambda *_: jnp.roll(k, -1, axis=0))
         self.w_up = dense(config.d_model)
         # to begin with three quarters of the error, momentum 0.12 and nearly nothing forgotten
         self.w_rates = nn.Dense(
@@ -127,22 +135,32 @@ class TitansMemory(nn.Module):
             for i in range(config.memory_depth)
         )
 
-    def writes(self, x, is_first, controls: Controls) -> Writes:
-        """What the tokens bring; a step of 1/2 in all would correct a linear memory at once."""
-        rates = nn.sigmoid(self.w_rates(x).astype(jnp.float32))
-        keys, values = _unit(self.w_k(x)), nn.silu(self.w_v(x).astype(jnp.float32))
+    def writes(self, x, is_first, controls: Controls) -> tuple[Writes, Float[Array, "..."]]:
+        """What the tokens bring, and their queries; `x` has `memory_taps` - 1 tokens of before.
+
+        A step of 1/2 in all would correct a linear memory at once.
+        """
+        document = jnp.cumsum(is_first, axis=1)
+        keys, values, queries = (
+            nn.silu(convolved(w(x).astype(jnp.float32), taps, document))
+            for w, taps in zip((self.w_k, self.w_v, self.w_q), self.taps, strict=True)
+        )
+        before = self.config.memory_taps - 1
+        is_first = is_first[:, before:]
+        rates = nn.sigmoid(self.w_rates(x[:, before:]).astype(jnp.float32))
         keep = (1 - rates[..., 2]) * jnp.exp(-1 / jnp.asarray(controls.capacity, jnp.float32))
         # momentum adds a step up to 1 / (1 - eta) times
         theta = rates[..., 0] * (1 - rates[..., 1]) / 2
-        return Writes(keys, values, theta, rates[..., 1], keep, is_first)
+        writes = Writes(_unit(keys), values, theta, rates[..., 1], keep, is_first)
+        return writes, _unit(queries)
 
     def __call__(self, x, is_first, carry: Stream | None, controls: Controls):
         config = self.config
-        batch, time, d = x.shape
-        chunk = config.memory_chunk
+        batch, time, _ = x.shape
+        chunk, before = config.memory_chunk, config.memory_taps - 1
         is_fresh = carry is None
         if is_fresh:
-            carry = init_stream(self.initial, batch, chunk, d)
+            carry = init_stream(self.initial, batch, config)
         # a carry may hold up to chunk - 1 tokens, behind which the new ones are put
         blocks = -(-(time + (0 if is_fresh else chunk - 1)) // chunk)
         begin = 0 if is_fresh else carry.count
@@ -150,14 +168,13 @@ class TitansMemory(nn.Module):
             jax.lax.dynamic_update_slice_in_dim(
                 jnp.pad(old, ((0, 0), (0, blocks * chunk)) + ((0, 0),) * (old.ndim - 2)),
                 new.astype(old.dtype),
-                begin,
+                before + begin,
                 axis=1,
             )
             for old, new in ((carry.pending.astype(x.dtype), x), (carry.pending_first, is_first))
         )
-        used = x[:, : blocks * chunk]
-        written = self.writes(used, is_first[:, : blocks * chunk], controls)
-        queries = _unit(self.w_q(used))
+        used = before + blocks * chunk
+        written = self.writes(x[:, :used], is_first[:, :used], controls)
         initial = tuple(w.astype(jnp.float32) for w in self.initial)
 
         def one(state, row_writes, row_queries):
@@ -172,14 +189,14 @@ class TitansMemory(nn.Module):
             state = jax.tree.map(lambda a, b: jnp.where(is_full, a, b), new, state)
             return state, (read, measures)
 
-        rows = jax.tree.map(lambda y: _blocks(y, chunk), (written, queries))
+        rows = jax.tree.map(lambda y: _blocks(y, chunk), written)
         state, out = jax.lax.scan(body, carry.state, (jnp.arange(blocks), *rows))
         read, measures = jax.tree.map(
             lambda y: jax.lax.dynamic_slice_in_dim(_unblocks(y), begin, time, axis=1), out
         )
         end = begin + time
         left = tuple(
-            jax.lax.dynamic_slice_in_dim(y, end // chunk * chunk, chunk, axis=1)
+            jax.lax.dynamic_slice_in_dim(y, end // chunk * chunk, before + chunk, axis=1)
             for y in (x, is_first)
         )
         carry = Stream(
@@ -193,9 +210,31 @@ def _memory_init(key, shape):
     return jax.nn.initializers.variance_scaling(4.0, "fan_in", "normal")(key, shape)
 
 
+def _taps_init(key, shape):
+    """Every channel another mixture of its tokens, of about the size that one token has."""
+    return jax.random.normal(key, shape) / jnp.sqrt(shape[0])
+
+
+def convolved(
+    x: Float[Array, "batch taps+time-1 d"],
+    taps: Float[Array, "taps d"] | None,
+    document: Int[Array, "batch taps+time-1"],
+) -> Float[Array, "batch time d"]:
+    """A causal depthwise convolution within documents; the first of `taps` is the token's own."""
+    if taps is None:
+        return x
+    time = x.shape[1] - len(taps) + 1
+    last = len(taps) - 1
+    own, total = document[:, last:], taps[0] * x[:, last:]
+    for back in range(1, len(taps)):
+        shifted = slice(last - back, last - back + time)
+        same = (document[:, shifted] == own)[..., None]
+        total = total + jnp.where(same, taps[back] * x[:, shifted], 0)
+    return total
+
+
 def _unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    """SiLU, then unit length, float32."""
-    x = nn.silu(x.astype(jnp.float32))
+    """Of unit length."""
     return x * jax.lax.rsqrt((x**2).sum(-1, keepdims=True) + 1e-6)
 
 
@@ -215,4 +254,4 @@ def init_memory(config: CognateConfig, params, batch: int) -> Ema | Stream:
     if config.memory == "ema":
         return init_ema(batch, config.d_mem)
     weights = tuple(params[f"memory_{i}"] for i in range(config.memory_depth))
-    return init_stream(weights, batch, config.memory_chunk, config.d_model)
+    return init_stream(weights, batch, config)

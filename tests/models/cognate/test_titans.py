@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from forge_jax.models.cognate import SPECIALIZATIONS, CognateConfig, Controls
-from forge_jax.models.cognate.memory import TitansMemory, init_stream
+from forge_jax.models.cognate.memory import TitansMemory, convolved, init_stream
 from forge_jax.models.cognate.titans import Writes, init_titans, recall_chunk
 
 WIDTH, TIME = 5, 12
@@ -144,7 +144,7 @@ def test_a_stream_in_pieces_is_the_whole():
     first[1, 6] = True
     whole, after, _ = remember(params, x, first, None, controls)
     weights = tuple(params[f"memory_{i}"] for i in range(2))
-    carry, pieces = init_stream(weights, 2, 4, 8), []
+    carry, pieces = init_stream(weights, 2, CONFIG), []
     for start, end in ((0, 5), (5, 6), (6, 7), (7, 11)):
         rows = x[:, start:end], first[:, start:end]
         read, carry, _ = remember(params, *rows, carry, controls)
@@ -152,6 +152,22 @@ def test_a_stream_in_pieces_is_the_whole():
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry.state, after.state)
     assert int(carry.count) == int(after.count) == 3
+
+
+def test_neighbours_are_convolved_within_their_document():
+    """Against numpy.convolve, channel by channel and document by document."""
+    rng = np.random.default_rng(0)
+    x, taps = rng.standard_normal((2, 12, 5)), rng.standard_normal((3, 5))
+    document = np.array([[0] * 2 + [1] * 10, [0] * 6 + [1] + [2] * 5])
+    wanted = np.zeros_like(x)
+    for row, which in enumerate(document):
+        for number in np.unique(which):
+            own = which == number
+            for channel in range(5):
+                full = np.convolve(x[row, own, channel], taps[:, channel])
+                wanted[row, own, channel] = full[: own.sum()]
+    found = convolved(jnp.asarray(x), jnp.asarray(taps), jnp.asarray(document))
+    np.testing.assert_allclose(found, wanted[:, 2:], atol=1e-5)
 
 
 def test_reads_see_the_past_only_and_not_the_document_before():
