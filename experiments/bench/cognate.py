@@ -1,7 +1,7 @@
 """What each part of Cognate is good for: tasks with known answers, parts added one by one.
 
     python -m experiments.bench.cognate --tasks recall --out runs/bench_cognate
-    python -m experiments.bench.cognate --seeds 0,1,2 --steps 3000
+    python -m experiments.bench.cognate --seeds 0,1,2
 
 Every arm sees the same rows in the same order and is trained by the same optimizer. Attention sees
 `window` tokens everywhere. Arms: "window" has the moving average with decay 0, which hands over the
@@ -47,8 +47,8 @@ class Args:
     """the last one trained with recursion is measured with halting too"""
     seeds: str = "0"
     """as 0,1,2: all in one program"""
-    steps: int = 1000
-    batch: int = 32
+    steps: int = 600
+    batch: int = 128
     rows: int = 256
     """that each task is measured on, never trained on"""
     muon_lr: float = 0.01
