@@ -53,6 +53,8 @@ def recall(
     what a shorter row leaves. Values are drawn one by one, so that none can be excluded. Of several
     questions the later ones can be guessed at by striking out the values that went before.
     """
+    if not 1 <= questions <= pairs:
+        raise ValueError(f"`questions` must be 1 to {pairs}, one for each pair, got {questions}.")
     if min(distances) < 2 * pairs:
         raise ValueError(f"A distance must be at least the {2 * pairs} tokens of all pairs.")
     length = max(distances) + 2 * questions

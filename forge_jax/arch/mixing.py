@@ -80,7 +80,7 @@ class Softmax(Node):
     """How scores become weights."""
 
     type: Literal["standard", "kernel", "scaled"] = "standard"
-    """softmax, random features in its place, or softmax with `qk_scale`"""
+    """a softmax, random features in its place (kernel), or scaled by `qk_scale` (scaled)"""
     qk_scale: PositiveFloat | Literal["sqrt_d"] | None = None
     """factor of the scores; "sqrt_d" and None are 1 / sqrt(head_dim)"""
     qk_norm: Literal["none", "rms", "layer"] = "none"
@@ -118,7 +118,7 @@ class Attention(Node):
     kind: Literal["Attention"]
     """which of the alternatives this is"""
     heads: PositiveInt | None = None
-    """query heads; the most even parts of at least 64 features by default"""
+    """query heads; by default d_model / head_dim, or parts of at least 64 features"""
     kv_heads: PositiveInt | None = Field(
         None, validation_alias=AliasChoices("kv_heads", "groups"), serialization_alias="kv_heads"
     )
@@ -145,7 +145,7 @@ class Retention(Node):
     kind: Literal["Retention"]
     """which of the alternatives this is"""
     heads: PositiveInt | None = None
-    """heads; the most even parts of at least 64 features by default"""
+    """heads; by default d_model / head_dim, or parts of at least 64 features"""
     head_dim: Annotated[int, Field(ge=2)] | None = None
     """features of a head, d_model / heads by default"""
     chunk: PositiveInt | None = None
@@ -164,7 +164,7 @@ class SSM(Node):
     expand: PositiveFloat | None = None
     """inner features per model feature, 2 by default"""
     heads: PositiveInt | None = None
-    """heads; the most even parts of at least 64 features by default"""
+    """heads; parts of at least 64 inner features by default"""
     chunk: PositiveInt | None = None
     """tokens per chunk of the chunkwise form; None is one chunk"""
     mode: Literal["parallel", "recurrent"] | None = None

@@ -24,11 +24,11 @@ class ModuleBudget(Node):
     """What a module may cost; noted as without effect, for budgets are the document's."""
 
     tokens_per_step: NonNegative | None = None
-    """tokens of a training step"""
+    """without effect"""
     flops_per_token: NonNegative | None = None
-    """of the forward pass"""
+    """without effect"""
     latency_ms: NonNegative | None = None
-    """of decoding a token"""
+    """without effect"""
 
 
 class Module(Node):
@@ -47,9 +47,10 @@ class Module(Node):
     norm: NormKind | None = None
     """norm of its blocks"""
     pos: Pos | None = None
-    """positions of its mixers"""
+    """where a token stands, as in `arch.pos`"""
     cond: Cond | None = None
-    """of a latent sampler: `source.H` bits a token (8), `reg.kappa` of them free"""
+    """of a stack as in `arch.cond`; of a latent sampler `source.H` bits a token (8), `reg.kappa` of
+    them free"""
     kv_policy: KVPolicy | None = None
     """what its decoding keeps of the past"""
     residual: Residual | None = None
@@ -75,9 +76,9 @@ class StageBudget(Node):
     """What a stage may cost, relative to its module; noted as without effect."""
 
     tokens_multiplier: NonNegative | None = None
-    """tokens, as a share of its module's"""
+    """without effect"""
     compute_multiplier: NonNegative | None = None
-    """FLOPs, as a share of its module's"""
+    """without effect"""
 
 
 class Stage(Node):
@@ -123,7 +124,7 @@ class Arch(Node):
     norm: NormKind
     """norm of the blocks, and before the readout"""
     pos: Pos
-    """positions of all mixers"""
+    """where a token stands: added to the tokens (learned), or inside all attentions"""
     cond: Cond | None = None
     """a learned condition that acts on the blocks"""
     kv_policy: KVPolicy | None = None
@@ -146,11 +147,11 @@ class StepBudget(Node):
     """What a training run may spend."""
 
     tokens_per_step: NonNegative | None = None
-    """tokens of a training step"""
+    """without effect: who trains says how long"""
     max_steps: PositiveInt | None = None
-    """training steps"""
+    """without effect, likewise"""
     flops_per_step: NonNegative | None = None
-    """FLOPs of a training step"""
+    """most FLOPs of a training step of one row"""
 
 
 class Train(Node):
@@ -161,11 +162,11 @@ class Train(Node):
     lr: PositiveFloat | None = None
     """learning rate, 1e-3 by default"""
     wd: NonNegative | None = None
-    """decoupled weight decay of the matrices, 0.01 by default"""
+    """decoupled weight decay of kernels and embeddings, 0.01 by default"""
     betas: Annotated[tuple[float, ...], Field(min_length=2, max_length=2)] | None = None
     """what Adam's two moments keep of their past, 0.9 and 0.95 by default"""
     clip: PositiveFloat | None = None
-    """largest global norm of a gradient"""
+    """largest global norm of a gradient, 1 by default"""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """what activations are computed in; fp16 is computed in bf16, which needs no loss scale"""
     vocab_size: PositiveInt | None = None
@@ -178,9 +179,9 @@ class Budget(Node):
     """What the network may cost."""
 
     params_target: PositiveFloat | None = None
-    """parameters"""
+    """most parameters"""
     flops_target: PositiveFloat | Annotated[str, Field(pattern="^match:.+")] | None = None
-    """FLOPs of a training step of one row, a number or "match:NAME" of another network"""
+    """most FLOPs of a training step of one row, a number or "match:NAME" of another network"""
 
 
 class Spec(Node):

@@ -51,9 +51,9 @@ class LongRope(Node):
     """Shape of the per-dimension factors."""
 
     alpha: PositiveFloat
-    """exponent of the factor: 1 reaches it whole, at the slowest pair"""
+    """exponent of `factor` in what the wavelengths of the slowest pairs are multiplied by"""
     beta: PositiveFloat
-    """exponent of the pair's place, from 0 (fastest) to 1"""
+    """exponent of a pair's place, 0 for the fastest: larger spares more pairs"""
 
 
 class Scaling(Node):
@@ -113,7 +113,8 @@ class KVPolicy(Node):
     """What decoding keeps of the past."""
 
     cache: Literal["full", "window", "ring", "none", "latent"] = "full"
-    """all keys and values, the last `window` of them, none, or one small vector a token"""
+    """all keys and values, those of the last `window` tokens (window, ring), nothing, or small
+    vectors that they are made from (latent)"""
     window: PositiveInt | None = None
     """tokens kept (window, ring); attention sees no more than these, in training too"""
     quant: Literal["none", "fp8", "nf4", "int8"] = "none"
@@ -203,7 +204,7 @@ class DepthRouter(Node):
     """Which tokens, or sequences, pass a layer by."""
 
     kind: Literal["token", "layer", "none"] = "none"
-    """tokens that pass a layer by, whole layers (refused), or none"""
+    """tokens that pass a layer by, whole sequences (refused), or none"""
     budget: Fraction | None = None
     """share of the tokens that a layer is to work on"""
     tau: PositiveFloat | None = None
@@ -216,13 +217,13 @@ class Schedule(Node):
     """How many loops a training step takes."""
 
     kind: Literal["fixed", "poisson_lognormal"] = "fixed"
-    """always `train` loops, or drawn anew in every step"""
+    """so many loops, or a number drawn anew in every step"""
     mean: PositiveFloat | None = None
     """of the Poisson rate"""
     sigma: NonNegative | None = None
     """deviation of the logarithm of the rate, 0 by default"""
     min: PositiveInt | None = None
-    """least loops"""
+    """least loops, 1 by default"""
     max: PositiveInt | None = None
     """loops that are computed; 2 mean + 1 by default"""
     curriculum: Literal["none", "linear", "sqrt"] = "none"
@@ -237,9 +238,9 @@ class Loops(Node):
     """How often the body runs."""
 
     train: PositiveInt = 1
-    """loops in training"""
+    """loops in training, but for a schedule that draws them"""
     eval: PositiveInt | None = None
-    """loops in use, as in training by default"""
+    """loops in use; `train` by default, whatever the schedule"""
     schedule: Schedule | None = None
     """how loops change in training"""
 

@@ -231,12 +231,12 @@ def _copies(
     return jnp.zeros(len(members), bool).at[order].set(equal & evaluated[order])
 
 
-def _survive(state: State, places: int) -> State:
-    """Keep the `places` best by rank, then by crowding; copies fill what failures leave free."""
+def _survive(state: State, room: int) -> State:
+    """Keep the `room` best by rank, then by crowding; copies fill what failures leave free."""
     order = lexsort([-state.crowding, state.rank])
     usable = _usable(state)
-    keep = order[jnp.arange(places) % usable]
-    rank = jnp.where(jnp.arange(places) < usable, state.rank[keep], COPY)
+    keep = order[jnp.arange(room) % usable]
+    rank = jnp.where(jnp.arange(room) < usable, state.rank[keep], COPY)
     return State(
         state.population[keep],
         state.fitness[keep],

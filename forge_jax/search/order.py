@@ -9,27 +9,27 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Int, Shaped
 
 _MOST = 2**16  # rows whose place and index fit into 32 bits
 
 
-def places(values: Num[Array, " rows"]) -> Int[Array, " rows"]:
+def places(values: Shaped[Array, " rows"]) -> Int[Array, " rows"]:
     """Count for each value those below it; equal ones share their place, NaN is above all."""
     codes = _codes(values)
     return jnp.searchsorted(jnp.sort(codes), codes)
 
 
-def argsort(values: Num[Array, " rows"]) -> Int[Array, " rows"]:
+def argsort(values: Shaped[Array, " rows"]) -> Int[Array, " rows"]:
     """Return `jnp.argsort(values)`."""
     return lexsort([values])
 
 
-def lexsort(keys: Sequence[Num[Array, " rows"]]) -> Int[Array, " rows"]:
+def lexsort(keys: Sequence[Shaped[Array, " rows"]]) -> Int[Array, " rows"]:
     """Return `jnp.lexsort(keys)`: the order by the last key, then by the one before it."""
     rows = len(keys[0])
     if rows > _MOST:
-        return jnp.lexsort(tuple(keys))
+        return jnp.lexsort(tuple(keys)).astype(jnp.int32)
     *minor, major = keys
     place = places(major)
     for key in reversed(minor):

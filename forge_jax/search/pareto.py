@@ -42,7 +42,7 @@ def non_dominated_rank(fitness: Float[Array, "population objectives"]) -> Int[Ar
     size = min(_BLOCK, rows + -rows % _ROWS)
     padding = (0, -rows % size)
     others = jnp.pad(values[:, 1:].T, ((0, 0), padding), constant_values=jnp.inf)
-    blocks = others.reshape(len(others), -1, size).swapaxes(0, 1)
+    blocks = others.reshape(len(others), (rows + padding[1]) // size, size).swapaxes(0, 1)
     ranks = _longest_chain(blocks, jnp.pad(ranked, padding).reshape(-1, size)).reshape(-1)[:rows]
     equal = jax.lax.cummax(jnp.where(ranked, jnp.arange(rows), 0))
     ranks = jnp.where(finite[order, 0], ranks[equal], ranks.max() + 1)
@@ -57,7 +57,7 @@ def _longest_chain(
     return jax.lax.fori_loop(0, len(blocks), _rank_block, (blocks, ranked, ranks))[2]
 
 
-# The loop bodies below close over nothing: called outside jit, JAX then compiles them once.
+# The bodies of the outer loops close over nothing: called outside jit, JAX then compiles them once.
 def _rank_block(index, carry):
     """Rank one block: below the blocks before it, then among its own rows until none moves."""
     blocks, ranked, ranks = carry
@@ -70,7 +70,7 @@ def _rank_block(index, carry):
 def _below_block(index, carry):
     """Deepen the rows of a block by what dominates them in an earlier block."""
     blocks, ranks, block, depth = carry
-    places = jnp.full(len(depth), len(depth))  # behind every row of the earlier one
+    places = jnp.full(len(depth), len(depth))  # after all rows of the earlier one
     return blocks, ranks, block, _deepened(depth, block, places, blocks[index], ranks[index])
 
 

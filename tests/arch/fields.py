@@ -30,9 +30,9 @@ REFUSED = "refused"
 NOTED = "noted"  # without effect, which is said, and refused where `strict`
 PIPED = {f"arch.{name}": PIPELINE["arch"][name] for name in ("modules", "pipeline")}
 LOWER, STAGE = "arch.modules.lower", "arch.pipeline.4"
-TRAIN = "train"  # read by whoever trains; the network is the same
+RATES = "rates"  # read by who trains (`training.rates_of`); the network is the same
 
-# Node and field -> (what the base document needs, the change), REFUSED with a change, or TRAIN.
+# Node and field -> (what the base document needs, or REFUSED, NOTED or RATES; the change).
 CASES = {
     ("Spec", "arch"): ({}, {"arch.d_model": 32}),
     ("Spec", "train"): ({}, {"train.vocab_size": 12}),
@@ -44,8 +44,14 @@ CASES = {
     ("Train", "dtype"): ({}, {"train.dtype": "bf16"}),
     ("Train", "budget"): ({}, {"train.budget.flops_per_step": 1}),
     ("StepBudget", "flops_per_step"): ({}, {"train.budget.flops_per_step": 1}),
-    **{("Train", name): TRAIN for name in ("lr", "wd", "betas", "clip")},
-    **{("StepBudget", name): TRAIN for name in ("tokens_per_step", "max_steps")},
+    **{
+        ("Train", name): (RATES, {f"train.{name}": value})
+        for name, value in {"lr": 0.5, "wd": 0.5, "betas": [0.5, 0.5], "clip": 0.5}.items()
+    },
+    **{
+        ("StepBudget", name): (NOTED, {f"train.budget.{name}": 2})
+        for name in ("tokens_per_step", "max_steps")
+    },
     ("Arch", "d_model"): ({}, {"arch.d_model": 32}),
     ("Arch", "n_layers"): ({}, {"arch.n_layers": 3}),
     ("Arch", "mix_unit"): ({}, {"arch.mix_unit": PAR}),
@@ -317,5 +323,8 @@ CASES = {
         )
         for name, value in {"curriculum": "sqrt", "warmup_steps": 8}.items()
     },
-    ("Schedule", "backprop"): TRAIN,
+    ("Schedule", "backprop"): (
+        {"arch.recurrence": LOOP},
+        {"arch.recurrence.loops.schedule": {"backprop": 1}},
+    ),
 }

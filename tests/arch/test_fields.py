@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
+from experiments.evolution.training import rates_of
 from forge_jax import arch
 from forge_jax.arch.schema import Spec
 from tests.arch.documents import edited
-from tests.arch.fields import CASES, NOTED, REFUSED, TRAIN
+from tests.arch.fields import CASES, NOTED, RATES, REFUSED
 from tests.arch.programs import random_like, random_tokens
 
 
@@ -43,19 +44,33 @@ def test_the_list_is_the_schemas():
     assert all(NODES[node].model_fields[field].description for node, field in FIELDS)
 
 
-def outputs(spec):
-    """Logits in training and in use at two steps, and the losses beside; nothing is compiled."""
-    network = arch.build(spec, unroll=True)
-    tokens = random_tokens(12)
+def drawn(spec):
+    """The network, tokens, and parameters of the right shapes."""
+    network, tokens = arch.build(spec, unroll=True), random_tokens(12)
     shapes = jax.eval_shape(network.init, jax.random.key(0), tokens)["params"]
-    params = {"params": random_like(shapes)}
+    return network, tokens, {"params": random_like(shapes)}
+
+
+def trained(network, tokens, params):
+    """Logits of training step 7, and the losses beside."""
     rngs = {"noise": jax.random.key(0)}
+    return network.apply(params, tokens, train=True, rngs=rngs, step=7, mutable=["losses"])
+
+
+def outputs(spec):
+    """Logits in training and in use, and the losses beside; nothing is compiled."""
+    network, tokens, params = drawn(spec)
     with jax.disable_jit():
-        (one, _), losses = network.apply(
-            params, tokens, train=True, rngs=rngs, step=7, mutable=["losses"]
-        )
+        (one, _), losses = trained(network, tokens, params)
         two, _ = network.apply(params, tokens)
     return [one, two, *(jnp.asarray(x) for x in jax.tree.leaves(losses))]
+
+
+def gradient(spec):
+    """Of a sum of the logits in training."""
+    network, tokens, params = drawn(spec)
+    found = jax.grad(lambda p: jnp.sin(trained(network, tokens, p)[0][0]).sum())(params)
+    return jax.tree.leaves(found)
 
 
 def differ(one, two):
@@ -65,19 +80,20 @@ def differ(one, two):
         return True
     if arch.over_budget(one, costs[0]) != arch.over_budget(two, costs[1]):
         return True
-    found = outputs(one), outputs(two)
-    if len(found[0]) != len(found[1]):
+    return any(apart(read(one), read(two)) for read in (outputs, gradient))
+
+
+def apart(one, two):
+    """Whether two lists of arrays differ."""
+    if len(one) != len(two):
         return True
-    pairs = zip(*found, strict=True)
+    pairs = zip(one, two, strict=True)
     return any(a.shape != b.shape or np.abs(a - b).max() > 1e-4 for a, b in pairs)
 
 
 @pytest.mark.parametrize(("node", "field"), FIELDS)
 def test_a_field_has_an_effect_or_is_refused(node, field):
-    case = CASES[node, field]
-    if case == TRAIN:
-        return
-    needed, change = case
+    needed, change = CASES[node, field]
     if needed == REFUSED:
         where = "stencil.kind: cross is" if node == "Stencil" else rf"\.{field}: "
         with pytest.raises(arch.DocumentError, match=where):
@@ -87,6 +103,9 @@ def test_a_field_has_an_effect_or_is_refused(node, field):
         assert "has no effect" in "".join(arch.notes(arch.from_dict(edited(change))))
         with pytest.raises(arch.DocumentError, match="has no effect"):
             arch.from_dict(edited(change), strict=True)
+        return
+    if needed == RATES:
+        assert rates_of(arch.from_dict(edited(change))) != rates_of(arch.from_dict(edited({})))
         return
     base = edited(needed)
     one, two = arch.from_dict(base), arch.from_dict(edited(change, base))

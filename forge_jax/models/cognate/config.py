@@ -35,7 +35,8 @@ class CognateConfig:
     memory_chunk: int = 16
     """tokens whose gradients are taken at the same weights of the neural memory"""
     memory_taps: int = 4
-    """tokens, the last among them, that its keys, values and queries are made from; 1: no mixing"""
+    """tokens, the present one and those before it, that its keys, values and queries are made from;
+    1: itself alone, and queries that begin on their own"""
     gate_hidden: int = 160
     gate_entropy: float = 1e-3
     """weight of the gate's entropy, which is rewarded so that the gate does not saturate"""
@@ -75,18 +76,9 @@ class CognateConfig:
                 got = getattr(self, name)
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {got!r}.")
         least_one = (
-            *("vocab_size", "d_model", "layers", "heads", "d_ff", "max_positions", "window"),
-            *(
-                "gate_hidden",
-                "d_mem",
-                "memory_depth",
-                "memory_chunk",
-                "memory_taps",
-                "steps",
-                "micro_steps",
-            ),
-            *("answer_heads", "loss_rows"),
-        )
+            "vocab_size d_model layers heads d_ff max_positions window d_mem memory_depth "
+            "memory_chunk memory_taps gate_hidden steps micro_steps answer_heads loss_rows"
+        ).split()
         for name in least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

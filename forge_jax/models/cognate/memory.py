@@ -37,8 +37,8 @@ class Stream(NamedTuple):
     """The state of the neural memory between two pieces of a stream."""
 
     state: Titans  # at the start of the current chunk, per sequence
-    pending: Float[Array, "batch taps+chunk-1 d"]  # inputs: taps - 1 of before, the chunk's
-    pending_first: Bool[Array, "batch taps+chunk-1"]
+    pending: Float[Array, "batch rows d"]  # inputs: taps - 1 of before, then the chunk's
+    pending_first: Bool[Array, "batch rows"]
     count: Int[Array, ""]  # how many of the chunk's there are
 
 
@@ -102,7 +102,8 @@ class TitansMemory(nn.Module):
     """The neural memory of `forge_jax.models.cognate.titans` between two projections.
 
     Each of keys, values and queries passes a depthwise convolution over the document's last
-    `memory_taps` tokens and SiLU; keys and queries then have unit length (the paper's section 4.4).
+    `memory_taps` tokens and SiLU; keys and queries then have unit length (the paper's section 4.4,
+    whose convolutions mix features besides).
     The convolution is what binds neighbours: a value stands behind its key. At first a query is
     the key that the next token would write under, but for that token's own part: it asks what came
     when the document stood here before. This start is ours; queries drawn on their own seldom
@@ -118,13 +119,18 @@ class TitansMemory(nn.Module):
         def dense(width, init=init):
             return nn.Dense(width, use_bias=False, kernel_init=init)
 
+        def as_keys(key, shape, dtype):
+            if not self.is_initializing():  # Flax asks for the shape at every call
+                return init(key, shape, dtype)
+            return jnp.copy(self.w_k.variables["params"]["kernel"])  # `writes` makes keys first
+
         self.w_k, self.w_v = dense(config.d_mem), dense(config.d_mem)
-        self.w_q = dense(config.d_mem, lambda *_: jnp.copy(self.w_k.variables["params"]["kernel"]))
+        self.w_q = dense(config.d_mem, as_keys if config.memory_taps > 1 else init)
         self.taps = (None,) * 3
         if config.memory_taps > 1:
             shape = config.memory_taps, config.d_mem
             k, v = (self.param(name, _taps_init, shape) for name in ("conv_k", "conv_v"))
-            self.taps = k, v, self.param("conv_q", lambda *_: jnp.roll(k, -1, axis=0))
+            self.taps = k, v, self.param("conv_q", lambda *_: jnp.pad(k[1:], ((0, 1), (0, 0))))
         self.w_up = dense(config.d_model)
         # to begin with three quarters of the error, momentum 0.12 and nearly nothing forgotten
         self.w_rates = nn.Dense(
@@ -145,9 +151,9 @@ class TitansMemory(nn.Module):
             nn.silu(convolved(w(x).astype(jnp.float32), taps, document))
             for w, taps in zip((self.w_k, self.w_v, self.w_q), self.taps, strict=True)
         )
-        before = self.config.memory_taps - 1
-        is_first = is_first[:, before:]
-        rates = nn.sigmoid(self.w_rates(x[:, before:]).astype(jnp.float32))
+        older = self.config.memory_taps - 1
+        is_first = is_first[:, older:]
+        rates = nn.sigmoid(self.w_rates(x[:, older:]).astype(jnp.float32))
         keep = (1 - rates[..., 2]) * jnp.exp(-1 / jnp.asarray(controls.capacity, jnp.float32))
         # momentum adds a step up to 1 / (1 - eta) times
         theta = rates[..., 0] * (1 - rates[..., 1]) / 2
@@ -157,7 +163,7 @@ class TitansMemory(nn.Module):
     def __call__(self, x, is_first, carry: Stream | None, controls: Controls):
         config = self.config
         batch, time, _ = x.shape
-        chunk, before = config.memory_chunk, config.memory_taps - 1
+        chunk, older = config.memory_chunk, config.memory_taps - 1
         is_fresh = carry is None
         if is_fresh:
             carry = init_stream(self.initial, batch, config)
@@ -168,12 +174,12 @@ class TitansMemory(nn.Module):
             jax.lax.dynamic_update_slice_in_dim(
                 jnp.pad(old, ((0, 0), (0, blocks * chunk)) + ((0, 0),) * (old.ndim - 2)),
                 new.astype(old.dtype),
-                before + begin,
+                older + begin,
                 axis=1,
             )
             for old, new in ((carry.pending.astype(x.dtype), x), (carry.pending_first, is_first))
         )
-        used = before + blocks * chunk
+        used = older + blocks * chunk
         written = self.writes(x[:, :used], is_first[:, :used], controls)
         initial = tuple(w.astype(jnp.float32) for w in self.initial)
 
@@ -196,7 +202,7 @@ class TitansMemory(nn.Module):
         )
         end = begin + time
         left = tuple(
-            jax.lax.dynamic_slice_in_dim(y, end // chunk * chunk, before + chunk, axis=1)
+            jax.lax.dynamic_slice_in_dim(y, end // chunk * chunk, older + chunk, axis=1)
             for y in (x, is_first)
         )
         carry = Stream(
@@ -216,11 +222,14 @@ def _taps_init(key, shape):
 
 
 def convolved(
-    x: Float[Array, "batch taps+time-1 d"],
+    x: Float[Array, "batch rows d"],
     taps: Float[Array, "taps d"] | None,
-    document: Int[Array, "batch taps+time-1"],
+    document: Int[Array, "batch rows"],
 ) -> Float[Array, "batch time d"]:
-    """A causal depthwise convolution within documents; the first of `taps` is the token's own."""
+    """A causal depthwise convolution within documents, of the rows after the first taps - 1.
+
+    The first of `taps` is the token's own.
+    """
     if taps is None:
         return x
     time = x.shape[1] - len(taps) + 1

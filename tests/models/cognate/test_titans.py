@@ -1,5 +1,6 @@
 """The neural memory against a loop over tokens in NumPy, and what its two thresholds do."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -118,18 +119,18 @@ def test_a_key_that_comes_again_is_learned_step_by_step_not_overshot():
 
 
 CONFIG = CognateConfig(vocab_size=9, d_model=8, d_mem=6, memory_chunk=4, heads=2, answer_heads=2)
-MEMORY = TitansMemory(CONFIG)
+ALONE = dataclasses.replace(CONFIG, memory_taps=1)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
-def remember(params, x, is_first, carry, controls):
-    return MEMORY.apply({"params": params}, x, is_first, carry, controls)
+@functools.partial(jax.jit, static_argnames="config", compiler_options=QUICK)
+def remember(params, x, is_first, carry, controls, config=CONFIG):
+    return TitansMemory(config).apply({"params": params}, x, is_first, carry, controls)
 
 
 @functools.cache
-def make_params():
+def make_params(config=CONFIG):
     args = jnp.zeros((1, 4, 8)), jnp.zeros((1, 4), bool), None, Controls()
-    params = jax.jit(MEMORY.init)(jax.random.key(0), *args)["params"]
+    params = jax.jit(TitansMemory(config).init)(jax.random.key(0), *args)["params"]
     # larger than at the start of training, so that there is something to see
     return jax.tree.map(lambda p: p * 20 if p.shape == (8, 6) else p, params)
 
@@ -139,19 +140,35 @@ def make_stream(time, batch=2, seed=0):
     return x, np.arange(time)[None] == np.zeros((batch, 1))
 
 
-def test_a_stream_in_pieces_is_the_whole():
-    params, (x, first), controls = make_params(), make_stream(11), Controls()
+@pytest.mark.parametrize("config", [CONFIG, ALONE], ids=["taps", "alone"])
+def test_a_stream_in_pieces_is_the_whole(config):
+    params, (x, first), controls = make_params(config), make_stream(11), Controls()
     first[1, 6] = True
-    whole, after, _ = remember(params, x, first, None, controls)
+    whole, after, _ = remember(params, x, first, None, controls, config)
     weights = tuple(params[f"memory_{i}"] for i in range(2))
-    carry, pieces = init_stream(weights, 2, CONFIG), []
+    carry, pieces = init_stream(weights, 2, config), []
     for start, end in ((0, 5), (5, 6), (6, 7), (7, 11)):
         rows = x[:, start:end], first[:, start:end]
-        read, carry, _ = remember(params, *rows, carry, controls)
+        read, carry, _ = remember(params, *rows, carry, controls, config)
         pieces.append(read)
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry.state, after.state)
     assert int(carry.count) == int(after.count) == 3
+
+
+def test_a_query_begins_as_the_next_tokens_key():
+    """For that token's own part, which is 0 here: whatever the four tokens before it are."""
+    params, (x, first) = make_params(), make_stream(11)
+    x[:, 8] = 0
+    written, queries = TitansMemory(CONFIG).apply(
+        {"params": params}, x, first, Controls(), method="writes"
+    )
+    row = 8 - (CONFIG.memory_taps - 1)
+    np.testing.assert_allclose(queries[:, row - 1], written.keys[:, row], atol=1e-6)
+    assert np.abs(queries[:, row] - written.keys[:, row]).max() > 0.1
+    assert params["w_q"]["kernel"] is not params["w_k"]["kernel"]
+    alone = make_params(ALONE)
+    assert np.abs(alone["w_q"]["kernel"] - alone["w_k"]["kernel"]).max() > 0.1
 
 
 def test_neighbours_are_convolved_within_their_document():
