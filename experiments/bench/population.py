@@ -45,8 +45,9 @@ FULL = (
     (Shape(768, 2, 16), {PUBLIC: 15.0, TORCH: 0.95}),
     (Shape(256, 6, 16, rows=4, new_tokens=16), {PUBLIC: 5.0}),
     # as many losses as one generation of few-shot adaptation takes on ten shots, at the width of
-    # SmolLM2-135M and of Qwen2-1.5B
+    # SmolLM2-135M, of GPT-2 and the other races, and of Qwen2-1.5B
     (Shape(576, 2, 32, rows=10, tokens=14), {PUBLIC: 10.0}),
+    (Shape(768, 2, 32, rows=10, tokens=12), {PUBLIC: 10.0}),
     (Shape(1536, 1, 32, rows=10, tokens=12), {PUBLIC: 10.0}),
 )
 

@@ -50,7 +50,7 @@ class Settings:
     muon_lr: float = 0.01
     """peak rate of Muon's matrices; preset 1's"""
     fallback_lr: float = 1e-4
-    """peak rate of embeddings, norms, biases and halting head; preset 1's"""
+    """peak rate of all else: embeddings, norms, biases, taps, halting head; preset 1's"""
     grokfast_lambda: float = 0.05
     """weight of the gradient's moving average; preset 1's"""
     warmup: float = 0.05

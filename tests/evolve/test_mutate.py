@@ -76,7 +76,7 @@ def test_children_can_be_built():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_all_of_five_hundred_children_can_be_built(part):
-    """Five minutes on two cores, in four parts that two workers share."""
+    """Eight minutes on two cores, in four parts that two workers share."""
     for i, (_, child) in enumerate(walk(500)):
         if i % 4 == part:
             buildable(child.spec)

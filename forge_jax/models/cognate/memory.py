@@ -103,12 +103,13 @@ class TitansMemory(nn.Module):
 
     Each of keys, values and queries passes a depthwise convolution over the document's last
     `memory_taps` tokens and SiLU; keys and queries then have unit length (the paper's section 4.4,
-    whose convolutions mix features besides).
-    The convolution is what binds neighbours: a value stands behind its key. At first a query is
-    the key that the next token would write under, but for that token's own part: it asks what came
-    when the document stood here before. This start is ours; queries drawn on their own seldom
-    learn to find a key (`docs/log.md`). The three rates are sigmoids of the token. Whatever a token
-    forgets, capacity bounds what is kept: keep = (1 - alpha) exp(-1 / capacity).
+    whose convolutions mix features besides). The convolution is what binds neighbours: a value
+    stands behind its key. At first a query is the key that the next token would write under, but
+    for that token's own part: it asks what came when the document stood here before. This start is
+    ours; queries drawn on their own seldom learn to find a key (`docs/log.md`).
+
+    The three rates are sigmoids of the token. Whatever a token forgets, capacity bounds what is
+    kept: keep = (1 - alpha) exp(-1 / capacity).
     """
 
     config: CognateConfig
