@@ -35,7 +35,9 @@ def test_a_recalled_value_is_the_one_of_its_key(questions):
         assert all(labels[i] == pairs[tokens[i]] for i in asked)
         assert (tokens[6:distance] == FILLER).all()
     with pytest.raises(ValueError, match="at least the 6 tokens"):
-        recall((5,), pairs=3)
+        recall((5,), pairs=3, questions=questions)
+    with pytest.raises(ValueError, match="`questions` must be 1 to 3"):
+        recall((8,), pairs=3)
 
 
 def test_a_needle_lies_at_its_distance():
