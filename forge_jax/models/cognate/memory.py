@@ -4,7 +4,7 @@ Both hold a state per sequence, start afresh with every document, and hand out a
 stream goes on as if it had never been cut.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -117,7 +117,7 @@ class TitansMemory(nn.Module):
     def setup(self):
         config, init = self.config, nn.initializers.normal(0.02)
 
-        def dense(width, init=init):
+        def dense(width, init: Any = init):
             return nn.Dense(width, use_bias=False, kernel_init=init)
 
         def as_keys(key, shape, dtype):
