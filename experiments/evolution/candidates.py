@@ -82,7 +82,7 @@ def admitted(spec: arch.Spec, setup: Setup) -> arch.Cost:
       ValueError: the document is over a budget, its own or the run's.
     """
     spent = arch.cost(spec, setup.length)
-    over = list(arch.over_budget(spec, spent, dict(setup.references)))
+    over = list(arch.over_budget(spec, spent, dict(setup.references), rows=setup.rows))
     found = {
         "max_params": spent.params,
         "max_flops": spent.flops / setup.length,
@@ -100,11 +100,14 @@ def admitted(spec: arch.Spec, setup: Setup) -> arch.Cost:
     return spent
 
 
-def own_steps(steps: int, spent: arch.Cost, setup: Setup) -> int:
-    """A candidate's steps for so many of the ladder: as many, or those of the same FLOPs."""
-    if setup.step_flops is None or steps == 0:
-        return steps
-    return max(1, round(steps * setup.step_flops / spent.train_flops))
+def own_steps(steps: int, spec: arch.Spec, spent: arch.Cost, setup: Setup) -> int:
+    """A candidate's steps for so many of the ladder: as many, or those of the same FLOPs.
+
+    Never more than its document allows: further rungs then train it no more.
+    """
+    if setup.step_flops is not None and steps:
+        steps = max(1, round(steps * setup.step_flops / spent.train_flops))
+    return training.steps_of(spec, steps)
 
 
 def padded(found: tasks.Batches, count: int) -> tasks.Batches:
@@ -170,7 +173,7 @@ def evaluate(
       ValueError: the document is over a budget, or the checkpoint at `done` is gone.
     """
     spent = admitted(spec, setup)
-    until = own_steps(steps, spent, setup)
+    until = own_steps(steps, spec, spent, setup)
     key = memo.key_of(spec, setup, until)
     if (known := memo.find(setup.memo, key)) is not None:
         cache.known += 1

@@ -43,7 +43,7 @@ def documents(specs: dict[str, arch.Spec], setup: Setup) -> list[Row]:
         shown = {"params": spent.params, "flops_per_token": spent.flops / setup.length}
         shown |= {
             "kv_bytes_per_token": spent.kv_bytes,
-            "steps_of_100": own_steps(100, spent, setup),
+            "steps_of_100": own_steps(100, spec, spent, setup),
         }
         out.append({"name": name, "train_flops": spent.train_flops, **shown})
     return out

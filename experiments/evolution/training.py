@@ -70,6 +70,12 @@ def rates_of(spec: arch.Spec, lr: float | None = None) -> Rates:
     return Rates(rate, wd, b1, b2, train.clip or 1.0)
 
 
+def steps_of(spec: arch.Spec, steps: int) -> int:
+    """So many steps, or those after which the document ends training."""
+    budget = spec.train.budget
+    return min(steps, (budget and budget.max_steps) or steps)
+
+
 def optimizer(rates: Rates) -> optax.GradientTransformation:
     """AdamW behind a clip; only kernels and embeddings decay."""
 

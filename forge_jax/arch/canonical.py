@@ -34,10 +34,21 @@ def canonical(spec: Spec) -> Spec:
 def _canonical(spec: Spec) -> Spec:
     tree = _network(spec.arch, spec.train.ctx_len)
     train = spec.train.model_dump(mode="json", exclude_none=True)
+    if limits := _token_limits(spec):
+        train["budget"] = train.get("budget", {}) | {"tokens_per_step": min(limits)}
     train["vocab_size"] = sizes.vocabulary_of(spec)
     train["dtype"] = "bf16" if spec.train.dtype == "fp16" else spec.train.dtype
     budget = spec.budget.model_dump(mode="json", exclude_none=True) if spec.budget else None
     return from_dict({"arch": tree, "train": train} | ({"budget": budget} if budget else {}))
+
+
+def _token_limits(spec: Spec) -> list[float]:
+    """Of the training, and of every module: all tokens of a step pass all stages."""
+    arch, modules = spec.arch, spec.arch.modules or {}
+    used = {stage.module for stage in arch.pipeline or ()}
+    budgets = [spec.train.budget, *(modules[name].budget for name in modules if name in used)]
+    limits = [budget.tokens_per_step for budget in budgets if budget]
+    return [limit for limit in limits if limit is not None]
 
 
 def _stack(arch: Arch, context: int) -> Tree:

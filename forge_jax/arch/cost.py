@@ -124,9 +124,11 @@ def _cache(arch: Arch, time: int, width: int) -> tuple[float, float]:
 
 
 def over_budget(
-    spec: Spec, found: Cost, references: dict[str, Cost] | None = None
+    spec: Spec, found: Cost, references: dict[str, Cost] | None = None, *, rows: int = 1
 ) -> tuple[str, ...]:
-    """Which of the document's budgets the cost of one row exceeds, one sentence each.
+    """Which of the document's budgets are exceeded, one sentence each.
+
+    `found` and `references` are costs of one row; a training step is of `rows` of them.
 
     Raises:
       ValueError: `flops_target` matches a network that is not among the `references`.
@@ -146,10 +148,12 @@ def over_budget(
             target = (references or {})[name].train_flops
         if found.train_flops > target:
             out.append(f"budget.flops_target: {found.train_flops:.4g} FLOPs, over {target:.4g}.")
-    step = spec.train.budget
-    if step and step.flops_per_step is not None and found.train_flops > step.flops_per_step:
-        sentence = f"{found.train_flops:.4g} FLOPs a row, over {step.flops_per_step:.4g}."
-        out.append(f"train.budget.flops_per_step: {sentence}")
+    step = canonical(spec).train.budget  # what modules say stands there too
+    spent = {"tokens": rows * spec.train.ctx_len, "flops": rows * found.train_flops}
+    for unit, value in spent.items():
+        limit = getattr(step, f"{unit}_per_step", None)
+        if limit is not None and value > limit:
+            out.append(f"train.budget.{unit}_per_step: {value:.4g} in a step, over {limit:.4g}.")
     return tuple(out)
 
 

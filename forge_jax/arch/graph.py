@@ -15,7 +15,7 @@ from forge_jax.arch.pipeline import (
     module_arch,
     stages_in_full,
 )
-from forge_jax.arch.schema import Arch, Module, Spec, Stage
+from forge_jax.arch.schema import Arch, Module, ModuleBudget, Spec, Stage
 from forge_jax.arch.structure import Cond
 from forge_jax.arch.text import Finding, Path
 
@@ -70,6 +70,12 @@ def _modules(spec: Spec) -> Iterator[Finding]:
                 yield (*path, *at), f"must be the vocabulary's {vocabulary}, got {size}"
         if module.kind == "latent_sampler":
             yield from _latent(path, module)
+        budget = module.budget or ModuleBudget()
+        if budget.latency_ms is not None:
+            yield (*path, "budget", "latency_ms"), "is not supported: it hangs on the machine"
+        if budget.flops_per_token is not None and module.kind != "embedding":  # which costs none
+            reason = "is not supported: train.budget.flops_per_step limits the whole network"
+            yield (*path, "budget", "flops_per_token"), reason
 
 
 def _latent(path: Path, module: Module) -> Iterator[Finding]:
@@ -118,6 +124,8 @@ def _kinds(arch: Arch) -> Iterator[Finding]:
             yield (*path, "prefill_only" if stage.prefill_only else "mode"), reason
         if stage.params:
             yield (*path, "params"), "is not supported: a module has params"
+        if stage.budget:
+            yield (*path, "budget"), "is not supported: write it in train.budget"
         if kind != "transformer":
             given = [field for field in ("kv_from", "mem_from") if getattr(stage, field)]
             given += ["repeat"] if stage.repeat > 1 else []
@@ -192,6 +200,10 @@ def _reach(arch: Arch) -> Iterator[Finding]:
             read |= {*inputs, *(stage.kv_from or ()), *(stage.mem_from or ())}
     if full[0][0].name not in read:
         yield ("arch", "pipeline"), "leads no token to the readout but through latents"
+    for i, (stage, _, _) in enumerate(full):
+        if (stage.train_only or stage.mode == "train") and stage.name in read:
+            field = "train_only" if stage.train_only else "mode"
+            yield ("arch", "pipeline", i, field), "what is read in use cannot be for training alone"
 
 
 def notes(arch: Arch) -> Iterator[Finding]:
@@ -205,21 +217,14 @@ def notes(arch: Arch) -> Iterator[Finding]:
         path: Path = ("arch", "modules", name)
         if name not in used:
             yield path, "has no effect: no stage is of this module"
-        if module.budget is not None:
-            yield (*path, "budget"), "has no effect: budgets are the document's"
         idle = {*SHARED, *OWN, "output_dim"} - {"d_model", *ACTING.get(module.kind, ())}
         for field in sorted(given(module) & idle):
             yield (*path, field), f"has no effect on a module of kind {module.kind}"
         if module.kind == "latent_sampler" and module.cond:
             yield from _idle_latent((*path, "cond"), module.cond)
     for i, stage in enumerate(arch.pipeline):
-        path = ("arch", "pipeline", i)
-        if stage.mode not in (None, "all") or stage.train_only:
-            field = "train_only" if stage.train_only else "mode"
-            sentence = "has no effect: latents are inferred in training only, all else runs always"
-            yield (*path, field), sentence
-        if stage.budget is not None:
-            yield (*path, "budget"), "has no effect: budgets are the document's"
+        if stage.mode == "train_prefill":
+            yield ("arch", "pipeline", i, "mode"), "read as all: what is trained runs in use too"
 
 
 def _idle_latent(path: Path, cond: Cond) -> Iterator[Finding]:

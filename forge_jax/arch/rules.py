@@ -246,17 +246,10 @@ def notes(spec: Spec) -> list[Finding]:
         yield from levels.notes(arch)
         yield from conditioning.notes_of(arch, spec.train.ctx_len)
 
-    found = [*_idle_budget(spec), *graph.notes(spec.arch)]
+    found = list(graph.notes(spec.arch))
     if spec.arch.pipeline is None:
         return [*found, *idle(spec.arch)]
     return [*found, *_each_module(spec.arch, idle)]
-
-
-def _idle_budget(spec: Spec) -> Iterator[Finding]:
-    budget = spec.train.budget
-    for field in ("tokens_per_step", "max_steps"):
-        if budget and getattr(budget, field) is not None:
-            yield ("train", "budget", field), "has no effect: who trains says how long"
 
 
 def _idle_projection(arch: Arch, context: int) -> Iterator[Finding]:

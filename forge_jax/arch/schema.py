@@ -21,14 +21,14 @@ Params = dict[str, bool | int | float | str | None]
 
 
 class ModuleBudget(Node):
-    """What a module may cost; noted as without effect, for budgets are the document's."""
+    """What a module may cost."""
 
     tokens_per_step: NonNegative | None = None
-    """without effect"""
+    """most tokens of a training step"""
     flops_per_token: NonNegative | None = None
-    """without effect"""
+    """of an embedding, which costs none; elsewhere refused: see `train.budget.flops_per_step`"""
     latency_ms: NonNegative | None = None
-    """without effect"""
+    """refused: it hangs on the machine"""
 
 
 class Module(Node):
@@ -69,16 +69,7 @@ class Module(Node):
     """of a stack `causal` (false: it sees later tokens, and latent samplers alone may read it), of
     a latent sampler `latent_dim` (features of a code), of an embedding `vocab_size`"""
     budget: ModuleBudget | None = None
-    """without effect"""
-
-
-class StageBudget(Node):
-    """What a stage may cost, relative to its module; noted as without effect."""
-
-    tokens_multiplier: NonNegative | None = None
-    """without effect"""
-    compute_multiplier: NonNegative | None = None
-    """without effect"""
+    """what it may cost"""
 
 
 class Stage(Node):
@@ -93,7 +84,8 @@ class Stage(Node):
     repeat: PositiveInt = 1
     """runs in a row, each on what the last one gave"""
     mode: Literal["all", "train", "prefill", "decode", "train_prefill", "inference"] | None = None
-    """without effect: latents are inferred in training only, all else runs always"""
+    """when it runs: `train` where only latents read it, elsewhere `all` (as is train_prefill, with
+    a note); others are refused"""
     inputs: tuple[str, ...] | None = None
     """earlier stages whose mean it reads; the nearest that is no latent by default"""
     kv_from: tuple[str, ...] | None = None
@@ -101,13 +93,13 @@ class Stage(Node):
     mem_from: tuple[str, ...] | None = None
     """earlier stages, whose mean is mapped and added to what keys and values are made from"""
     train_only: bool = False
-    """without effect, as `mode`"""
+    """as `mode: train`"""
     prefill_only: bool = False
     """refused: a network would not be trained as it is used"""
     params: Params | None = None
     """refused: a module has them"""
-    budget: StageBudget | None = None
-    """without effect"""
+    budget: Params | None = None
+    """refused: modules and training have one"""
 
 
 class Arch(Node):
@@ -147,11 +139,11 @@ class StepBudget(Node):
     """What a training run may spend."""
 
     tokens_per_step: NonNegative | None = None
-    """without effect: who trains says how long"""
+    """most tokens of a training step, all rows"""
     max_steps: PositiveInt | None = None
-    """without effect, likewise"""
+    """steps after which training ends"""
     flops_per_step: NonNegative | None = None
-    """most FLOPs of a training step of one row"""
+    """most FLOPs of a training step, all rows"""
 
 
 class Train(Node):

@@ -27,12 +27,11 @@ LORA = {**COND, "ops": [{"where": "proj_q", "op": "lora", "r": 2}]}
 SSM = {"kind": "SSM", "heads": 2, "d_state": 4, "chunk": 4}
 RETENTION = {"kind": "Retention", "heads": 2, "chunk": 4}
 REFUSED = "refused"
-NOTED = "noted"  # without effect, which is said, and refused where `strict`
 PIPED = {f"arch.{name}": PIPELINE["arch"][name] for name in ("modules", "pipeline")}
 LOWER, STAGE = "arch.modules.lower", "arch.pipeline.4"
-RATES = "rates"  # read by who trains (`training.rates_of`); the network is the same
+RATES = "rates"  # read by who trains (`training.rates_of`, `steps_of`); the network is the same
 
-# Node and field -> (what the base document needs, or REFUSED, NOTED or RATES; the change).
+# Node and field -> (what the base document needs, or REFUSED or RATES; the change).
 CASES = {
     ("Spec", "arch"): ({}, {"arch.d_model": 32}),
     ("Spec", "train"): ({}, {"train.vocab_size": 12}),
@@ -48,10 +47,8 @@ CASES = {
         ("Train", name): (RATES, {f"train.{name}": value})
         for name, value in {"lr": 0.5, "wd": 0.5, "betas": [0.5, 0.5], "clip": 0.5}.items()
     },
-    **{
-        ("StepBudget", name): (NOTED, {f"train.budget.{name}": 2})
-        for name in ("tokens_per_step", "max_steps")
-    },
+    ("StepBudget", "tokens_per_step"): ({}, {"train.budget.tokens_per_step": 1}),
+    ("StepBudget", "max_steps"): (RATES, {"train.budget.max_steps": 2}),
     ("Arch", "d_model"): ({}, {"arch.d_model": 32}),
     ("Arch", "n_layers"): ({}, {"arch.n_layers": 3}),
     ("Arch", "mix_unit"): ({}, {"arch.mix_unit": PAR}),
@@ -121,10 +118,11 @@ CASES = {
     ("Module", "latent"): (REFUSED, PIPED | {"arch.modules.bits.latent": {"bits": 4}}),
     ("Module", "output_dim"): (REFUSED, PIPED | {"arch.modules.logits.output_dim": 12}),
     ("Module", "params"): (PIPED, {"arch.modules.encoder.params": None}),
-    ("Module", "budget"): (NOTED, PIPED | {f"{LOWER}.budget": {"latency_ms": 1}}),
+    ("Module", "budget"): (PIPED, {f"{LOWER}.budget": {"tokens_per_step": 1}}),
+    ("ModuleBudget", "tokens_per_step"): (PIPED, {f"{LOWER}.budget.tokens_per_step": 1}),
     **{
-        ("ModuleBudget", name): (NOTED, PIPED | {f"{LOWER}.budget": {name: 1}})
-        for name in ("tokens_per_step", "flops_per_token", "latency_ms")
+        ("ModuleBudget", name): (REFUSED, PIPED | {f"{LOWER}.budget": {name: 1}})
+        for name in ("flops_per_token", "latency_ms")
     },
     ("Stage", "name"): (REFUSED, PIPED | {f"{STAGE}.name": "bits"}),
     ("Stage", "module"): (PIPED, {f"{STAGE}.module": "lower"}),
@@ -133,15 +131,11 @@ CASES = {
     ("Stage", "inputs"): (PIPED, {f"{STAGE}.inputs": ["tokens"]}),
     ("Stage", "kv_from"): (PIPED, {f"{STAGE}.kv_from": ["tokens"]}),
     ("Stage", "mem_from"): (PIPED, {f"{STAGE}.mem_from": ["bits"]}),
-    ("Stage", "mode"): (NOTED, PIPED | {f"{STAGE}.mode": "train"}),
-    ("Stage", "train_only"): (NOTED, PIPED | {f"{STAGE}.train_only": True}),
+    ("Stage", "mode"): (REFUSED, PIPED | {f"{STAGE}.mode": "train"}),
+    ("Stage", "train_only"): (REFUSED, PIPED | {f"{STAGE}.train_only": True}),
     ("Stage", "prefill_only"): (REFUSED, PIPED | {f"{STAGE}.prefill_only": True}),
     ("Stage", "params"): (REFUSED, PIPED | {f"{STAGE}.params": {"a": 1}}),
-    ("Stage", "budget"): (NOTED, PIPED | {f"{STAGE}.budget": {"tokens_multiplier": 2}}),
-    **{
-        ("StageBudget", name): (NOTED, PIPED | {f"{STAGE}.budget": {name: 2}})
-        for name in ("tokens_multiplier", "compute_multiplier")
-    },
+    ("Stage", "budget"): (REFUSED, PIPED | {f"{STAGE}.budget": {"tokens_multiplier": 2}}),
     ("SingleUnit", "kind"): ({}, {"arch.mix_unit": PAR}),
     ("SingleUnit", "mixer"): ({}, {M: RETENTION}),
     ("ParUnit", "kind"): ({"arch.mix_unit": PAR}, {"arch.mix_unit": ROUTE}),

@@ -141,5 +141,7 @@ def test_a_budget_is_compared():
     small = found._replace(train_flops=found.train_flops / 2)
     assert len(arch.over_budget(spec, found, {"small": small})) == 3
     assert arch.over_budget(arch.from_dict(WIDE), found) == ()
+    fits = arch.from_dict(edited({"train.budget.flops_per_step": found.train_flops}, WIDE))
+    assert [len(arch.over_budget(fits, found, rows=n)) for n in (1, 2)] == [0, 1]
     with pytest.raises(ValueError, match="must have 'small'"):
         arch.over_budget(spec, found)

@@ -304,7 +304,12 @@ WRONG = [
     ({f"{P}.5.inputs": ["memory"], f"{P}.5.mem_from": None}, "no stage reads bits"),
     ({f"{P}.3.mode": "decode"}, "not trained as it is used"),
     ({f"{P}.3.prefill_only": True}, "not trained as it is used"),
+    ({f"{P}.3.mode": "train"}, r"pipeline\[3\]\.mode: what is read in use"),
+    ({f"{P}.2.train_only": True}, r"pipeline\[2\]\.train_only: what is read in use"),
     ({f"{P}.3.params": {"a": 1}}, "a module has params"),
+    ({f"{P}.3.budget": {"tokens_multiplier": 2}}, "write it in train.budget"),
+    ({"arch.modules.lower.budget": {"latency_ms": 9}}, "it hangs on the machine"),
+    ({"arch.modules.lower.budget": {"flops_per_token": 9}}, "flops_per_step limits the whole"),
     ({f"{P}.4.module": "upper"}, "must have it, or none: they share weights"),
     ({"arch.modules.lower.kind": "custom"}, "custom is not supported"),
     ({"arch.modules.lower.latent": {}}, "is not supported"),
@@ -345,14 +350,10 @@ def test_a_wrong_pipeline_is_located(changes, sentence):
 
 IDLE = {
     "arch.modules.spare": SMALL_STACK,
-    "arch.modules.lower.budget": {"flops_per_token": 1},
     "arch.modules.tokens.norm": "RMSNorm",
     "arch.modules.lower.output_dim": 11,
     "arch.modules.bits.cond.source.segment": 3,
     "arch.modules.bits.cond.ops": [{"where": "pre_mixer", "op": "film"}],
-    f"{P}.3.mode": "train",
-    f"{P}.3.train_only": True,
-    f"{P}.3.budget": {"compute_multiplier": 2},
 }
 
 
@@ -364,3 +365,30 @@ def test_what_has_no_effect_is_noted_and_refused_when_strict(path):
     assert len(arch.notes(spec)) == 1
     with pytest.raises(arch.DocumentError, match="has no effect"):
         arch.from_dict(document, strict=True)
+
+
+def test_a_stage_may_say_that_it_is_for_training_alone():
+    """True of what only latents read; `train_prefill` is cut to `all`, as rope's dims to a head."""
+    plain = arch.from_dict(PIPELINE)
+    for change in ({f"{P}.1.mode": "train"}, {f"{P}.1.train_only": True}):
+        spec = arch.from_dict(edited(change, PIPELINE), strict=True)
+        assert arch.canonical(spec) == arch.canonical(plain)
+    cut = edited({f"{P}.3.mode": "train_prefill"}, PIPELINE)
+    assert arch.notes(arch.from_dict(cut))[0].startswith("arch.pipeline[3].mode: read as all")
+    with pytest.raises(arch.DocumentError, match="read as all"):
+        arch.from_dict(cut, strict=True)
+
+
+def test_the_smallest_token_budget_counts():
+    """All tokens of a step pass every module; one that no stage has limits nothing."""
+    budgets = {"train.budget.tokens_per_step": 90, "arch.modules.tokens.budget.tokens_per_step": 70}
+    budgets |= {"arch.modules.upper.budget.tokens_per_step": 64}
+    spare = {"arch.modules.spare": {**SMALL_STACK, "budget": {"tokens_per_step": 1}}}
+    spec = arch.from_dict(edited(budgets | spare, PIPELINE))
+    free = {"arch.modules.tokens.budget": {"flops_per_token": 0}}
+    assert arch.over_budget(arch.from_dict(edited(free, PIPELINE)), arch.cost(spec)) == ()
+    assert arch.over_budget(spec, arch.cost(spec), rows=2) == ()
+    over = arch.over_budget(spec, arch.cost(spec), rows=3)
+    assert over == ("train.budget.tokens_per_step: 96 in a step, over 64.",)
+    assert arch.over_budget(arch.canonical(spec), arch.cost(spec), rows=3) == over
+    assert arch.fingerprint(spec) == arch.fingerprint(arch.from_dict(PIPELINE))

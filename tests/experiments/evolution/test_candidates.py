@@ -161,14 +161,32 @@ def test_who_costs_too_much_is_refused_before_compiling(cache, tmp_path):
 
 
 def test_equal_flops_are_other_steps():
-    small, large = (arch.cost(document(**{"d_model": d}), 8) for d in (8, 32))
+    narrow, wide = (document(**{"d_model": d}) for d in (8, 32))
+    small, large = (arch.cost(spec, 8) for spec in (narrow, wide))
     setup = make_setup(step_flops=small.train_flops)
-    assert candidates.own_steps(100, small, setup) == 100
-    steps = candidates.own_steps(100, large, setup)
+    assert candidates.own_steps(100, narrow, small, setup) == 100
+    steps = candidates.own_steps(100, wide, large, setup)
     ratio = steps * large.train_flops / (100 * small.train_flops)
     assert steps < 50
     assert abs(ratio - 1) < 0.5 / steps
-    assert candidates.own_steps(100, large, make_setup()) == 100
+    assert candidates.own_steps(100, wide, large, make_setup()) == 100
+
+
+def test_a_document_ends_its_training(cache, tmp_path):
+    """Rungs beyond `max_steps` score what was trained until then; its batches are of `rows`."""
+    tree, setup = arch.to_dict(document()), make_setup()
+    tree["train"]["budget"] = {"max_steps": 3, "tokens_per_step": 8 * setup.rows}
+    spec = arch.from_dict(tree)
+    found = [
+        candidates.evaluate(setup, cache, store(tmp_path), spec, "a", done, steps)
+        for done, steps in [(0, 2), (2, 4), (4, 9)]
+    ]
+    alone = candidates.evaluate(setup, cache, store(tmp_path), document(), "b", 0, 3)
+    assert [f.metrics["steps"] for f in found] == [2, 3, 3]
+    assert found[0].score != found[1].score == found[2].score == alone.score
+    tree["train"]["budget"]["tokens_per_step"] -= 1
+    with pytest.raises(ValueError, match="tokens_per_step: 16 in a step, over 15"):
+        candidates.admitted(arch.from_dict(tree), setup)
 
 
 class Table:
