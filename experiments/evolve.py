@@ -171,6 +171,9 @@ def set_up(args: Train | Sweep) -> tuple[dict[str, arch.Spec], Setup]:
             if (found := arch.fingerprint(spec)) not in known and not known.add(found)
         )
         fitted |= dict(itertools.islice(new, args.top_count))
+    for name, spec in fitted.items():
+        if args.equal_flops and spec.train.budget and spec.train.budget.max_steps:
+            raise ValueError(f"`equal_flops` contradicts train.budget.max_steps of {name}.")
     costs = {name: arch.cost(spec, args.seq_len) for name, spec in fitted.items()}
     first = next(iter(costs.values()))
     scored = held_out(task, args.held_out, args.batch_size, args.seq_len)

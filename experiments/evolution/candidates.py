@@ -100,14 +100,11 @@ def admitted(spec: arch.Spec, setup: Setup) -> arch.Cost:
     return spent
 
 
-def own_steps(steps: int, spec: arch.Spec, spent: arch.Cost, setup: Setup) -> int:
-    """A candidate's steps for so many of the ladder: as many, or those of the same FLOPs.
-
-    Never more than its document allows: further rungs then train it no more.
-    """
-    if setup.step_flops is not None and steps:
-        steps = max(1, round(steps * setup.step_flops / spent.train_flops))
-    return training.steps_of(spec, steps)
+def own_steps(steps: int, spent: arch.Cost, setup: Setup) -> int:
+    """A candidate's steps for so many of the ladder: as many, or those of the same FLOPs."""
+    if setup.step_flops is None or steps == 0:
+        return steps
+    return max(1, round(steps * setup.step_flops / spent.train_flops))
 
 
 def padded(found: tasks.Batches, count: int) -> tasks.Batches:
@@ -164,7 +161,8 @@ def evaluate(
 ) -> evolve.Result:
     """Train a trial from `done` to `steps` steps of the ladder with every seed; its score.
 
-    The score is in nats per unit of the task on held-out batches, the mean over seeds.
+    The score is in nats per unit of the task on held-out batches, the mean over seeds. Where the
+    document ends its training, further rungs train it no more.
 
     What `setup.memo` knows is not trained. Where a result at `done` came from there, and so left no
     checkpoint, training begins anew: the result is the same.
@@ -173,7 +171,7 @@ def evaluate(
       ValueError: the document is over a budget, or the checkpoint at `done` is gone.
     """
     spent = admitted(spec, setup)
-    until = own_steps(steps, spec, spent, setup)
+    until = training.steps_of(spec, own_steps(steps, spent, setup))
     key = memo.key_of(spec, setup, until)
     if (known := memo.find(setup.memo, key)) is not None:
         cache.known += 1

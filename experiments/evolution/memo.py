@@ -41,7 +41,8 @@ def code() -> str:
 def key_of(spec: arch.Spec, setup: "Setup", steps: int) -> str:
     """Sixty-four hexadecimal digits of a training of `steps` steps and its scoring."""
     full = arch.to_dict(arch.canonical(spec))
-    full.pop("budget", None)
+    for tree in (full, full["train"]):
+        tree.pop("budget", None)
     digest = hashlib.sha256(code().encode())
     for batches in (setup.held_out, *(setup.shocks or ())):
         for x in jax.tree.leaves(batches):

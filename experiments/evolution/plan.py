@@ -43,7 +43,8 @@ def documents(specs: dict[str, arch.Spec], setup: Setup) -> list[Row]:
         shown = {"params": spent.params, "flops_per_token": spent.flops / setup.length}
         shown |= {
             "kv_bytes_per_token": spent.kv_bytes,
-            "steps_of_100": own_steps(100, spec, spent, setup),
+            "steps_of_100": own_steps(100, spent, setup),
+            "max_steps": spec.train.budget and spec.train.budget.max_steps,
         }
         out.append({"name": name, "train_flops": spent.train_flops, **shown})
     return out
@@ -60,10 +61,11 @@ def described(specs: dict[str, arch.Spec], setup: Setup, settings: evolve.Settin
         if "refused" in row:
             lines.append(f"{row['name']}: refused. {row['refused']}")
             continue
+        end = f", at most {row['max_steps']} in all" if row["max_steps"] else ""
         lines.append(
             f"{row['name']}: {row['params']:,} parameters, {row['flops_per_token']:,.0f} FLOPs and "
             f"{row['kv_bytes_per_token']:,.0f} KV bytes per token, "
-            f"{row['steps_of_100']} steps for 100 of the ladder"
+            f"{row['steps_of_100']} steps for 100 of the ladder{end}"
         )
     for row in steps:
         often = "at most " if row["kind"] == "hurdle" else ""

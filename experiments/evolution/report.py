@@ -204,7 +204,7 @@ def words(built: dict[str, Any], most: int = 5) -> str:
     for c in ranked(built)[:most]:
         score, found = c["stages"][-1]["score"], c["metrics"]
         lines.append(
-            f"  {c['cfg_path']}: {score:.4f} after {c['best_steps']} steps, "
+            f"  {c['cfg_path']}: {score:.4f} after {found['steps']} steps, "
             f"{found['params']:,} parameters, {found['flops_per_token'] / 1e6:.2f} MFLOP per token"
         )
     for e in (e for e in built["deep_evaluations"] if e["score"] is not None):

@@ -12,7 +12,7 @@ from forge_jax.arch.loops import most_loops
 from forge_jax.arch.mixing import Attention, LongConv, Mixer, Retention, RouteUnit
 from forge_jax.arch.parse import from_dict
 from forge_jax.arch.pipeline import EMBEDDING, Step, last_of, steps_of
-from forge_jax.arch.schema import Arch, Spec
+from forge_jax.arch.schema import Arch, ModuleBudget, Spec, StepBudget
 from forge_jax.arch.structure import DepthRouter, LatentUpdate, Loops, Residual, Schedule
 
 Tree = dict[str, Any]
@@ -34,21 +34,22 @@ def canonical(spec: Spec) -> Spec:
 def _canonical(spec: Spec) -> Spec:
     tree = _network(spec.arch, spec.train.ctx_len)
     train = spec.train.model_dump(mode="json", exclude_none=True)
-    if limits := _token_limits(spec):
-        train["budget"] = train.get("budget", {}) | {"tokens_per_step": min(limits)}
+    if limits := token_limits(spec):
+        train["budget"] = train.get("budget", {}) | {"tokens_per_step": min(limits.values())}
     train["vocab_size"] = sizes.vocabulary_of(spec)
     train["dtype"] = "bf16" if spec.train.dtype == "fp16" else spec.train.dtype
     budget = spec.budget.model_dump(mode="json", exclude_none=True) if spec.budget else None
     return from_dict({"arch": tree, "train": train} | ({"budget": budget} if budget else {}))
 
 
-def _token_limits(spec: Spec) -> list[float]:
-    """Of the training, and of every module: all tokens of a step pass all stages."""
-    arch, modules = spec.arch, spec.arch.modules or {}
-    used = {stage.module for stage in arch.pipeline or ()}
-    budgets = [spec.train.budget, *(modules[name].budget for name in modules if name in used)]
-    limits = [budget.tokens_per_step for budget in budgets if budget]
-    return [limit for limit in limits if limit is not None]
+def token_limits(spec: Spec) -> dict[str, int]:
+    """Path -> tokens of a step: of the training, and of modules, for all tokens pass all stages."""
+    budgets: dict[str, StepBudget | ModuleBudget | None] = {"train": spec.train.budget}
+    for stage in spec.arch.pipeline or ():
+        if stage.module:
+            budgets[f"arch.modules.{stage.module}"] = (spec.arch.modules or {})[stage.module].budget
+    limits = {path: budget.tokens_per_step for path, budget in budgets.items() if budget}
+    return {f"{path}.budget.tokens_per_step": limit for path, limit in limits.items() if limit}
 
 
 def _stack(arch: Arch, context: int) -> Tree:

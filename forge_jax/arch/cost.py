@@ -8,7 +8,7 @@ picked are computed, and counted.
 from typing import NamedTuple
 
 from forge_jax.arch import conditioning, quantize, sizes
-from forge_jax.arch.canonical import canonical
+from forge_jax.arch.canonical import canonical, token_limits
 from forge_jax.arch.ffn import GATED
 from forge_jax.arch.hierarchy import streams_of
 from forge_jax.arch.levels import Level, runs_of
@@ -148,12 +148,14 @@ def over_budget(
             target = (references or {})[name].train_flops
         if found.train_flops > target:
             out.append(f"budget.flops_target: {found.train_flops:.4g} FLOPs, over {target:.4g}.")
-    step = canonical(spec).train.budget  # what modules say stands there too
-    spent = {"tokens": rows * spec.train.ctx_len, "flops": rows * found.train_flops}
-    for unit, value in spent.items():
-        limit = getattr(step, f"{unit}_per_step", None)
-        if limit is not None and value > limit:
-            out.append(f"train.budget.{unit}_per_step: {value:.4g} in a step, over {limit:.4g}.")
+    tokens, flops = rows * spec.train.ctx_len, rows * found.train_flops
+    for path, limit in token_limits(spec).items():
+        if tokens > limit:
+            out.append(f"{path}: {tokens:,} tokens in a step, over {limit:,}.")
+    step = spec.train.budget
+    if step and step.flops_per_step is not None and flops > step.flops_per_step:
+        sentence = f"{flops:,.0f} FLOPs in a step, over {step.flops_per_step:,.0f}."
+        out.append(f"train.budget.flops_per_step: {sentence}")
     return tuple(out)
 
 

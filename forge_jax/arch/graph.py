@@ -72,10 +72,12 @@ def _modules(spec: Spec) -> Iterator[Finding]:
             yield from _latent(path, module)
         budget = module.budget or ModuleBudget()
         if budget.latency_ms is not None:
-            yield (*path, "budget", "latency_ms"), "is not supported: it hangs on the machine"
-        if budget.flops_per_token is not None and module.kind != "embedding":  # which costs none
+            yield (*path, "budget", "latency_ms"), "is not supported: it depends on the machine"
+        if budget.flops_per_token is not None and module.kind != "embedding":
             reason = "is not supported: train.budget.flops_per_step limits the whole network"
             yield (*path, "budget", "flops_per_token"), reason
+        elif budget.flops_per_token:
+            yield (*path, "budget", "flops_per_token"), "must be 0, what an embedding costs"
 
 
 def _latent(path: Path, module: Module) -> Iterator[Finding]:
@@ -122,9 +124,9 @@ def _kinds(arch: Arch) -> Iterator[Finding]:
         if stage.mode in ("prefill", "decode", "inference") or stage.prefill_only:
             reason = "a network that is not trained as it is used is not supported"
             yield (*path, "prefill_only" if stage.prefill_only else "mode"), reason
-        if stage.params:
+        if stage.params is not None:
             yield (*path, "params"), "is not supported: a module has params"
-        if stage.budget:
+        if stage.budget is not None:
             yield (*path, "budget"), "is not supported: write it in train.budget"
         if kind != "transformer":
             given = [field for field in ("kv_from", "mem_from") if getattr(stage, field)]
@@ -191,19 +193,30 @@ def _ends(arch: Arch) -> Iterator[Finding]:
         yield ("arch", "pipeline"), "has no stack"
 
 
-def _reach(arch: Arch) -> Iterator[Finding]:
-    """In use a latent reads nothing: tokens have to come by another way."""
+def _in_use(arch: Arch) -> set[str]:
+    """The stages that run in use, where a latent reads nothing."""
     full = stages_in_full(arch)
-    read = set(full[-1][2])
+    names = {full[-1][0].name}
     for stage, kind, inputs in reversed(full):
-        if stage.name in read and kind != "latent_sampler":
-            read |= {*inputs, *(stage.kv_from or ()), *(stage.mem_from or ())}
-    if full[0][0].name not in read:
+        if stage.name in names and kind != "latent_sampler":
+            names |= {*inputs, *(stage.kv_from or ()), *(stage.mem_from or ())}
+    return names
+
+
+def _reach(arch: Arch) -> Iterator[Finding]:
+    """Tokens have to come by a way without latents, and stages run when they say."""
+    full, used = stages_in_full(arch), _in_use(arch)
+    if full[0][0].name not in used:
         yield ("arch", "pipeline"), "leads no token to the readout but through latents"
     for i, (stage, _, _) in enumerate(full):
-        if (stage.train_only or stage.mode == "train") and stage.name in read:
+        path: Path = ("arch", "pipeline", i)
+        if stage.train_only and stage.mode not in (None, "train"):
+            yield (*path, "mode"), f"must be train beside train_only, got {stage.mode}"
+        elif (stage.train_only or stage.mode == "train") and stage.name in used:
             field = "train_only" if stage.train_only else "mode"
-            yield ("arch", "pipeline", i, field), "what is read in use cannot be for training alone"
+            yield (*path, field), "is for what only latents need: the readout needs this stage"
+        elif stage.mode == "all" and stage.name not in used:
+            yield (*path, "mode"), "must be train: only latents need this stage"
 
 
 def notes(arch: Arch) -> Iterator[Finding]:
@@ -212,19 +225,21 @@ def notes(arch: Arch) -> Iterator[Finding]:
         if arch.modules is not None:
             yield ("arch", "modules"), "has no effect without a pipeline"
         return
-    used = {stage.module for stage in arch.pipeline}
+    named = {stage.module for stage in arch.pipeline}
     for name, module in (arch.modules or {}).items():
         path: Path = ("arch", "modules", name)
-        if name not in used:
+        if name not in named:
             yield path, "has no effect: no stage is of this module"
         idle = {*SHARED, *OWN, "output_dim"} - {"d_model", *ACTING.get(module.kind, ())}
         for field in sorted(given(module) & idle):
             yield (*path, field), f"has no effect on a module of kind {module.kind}"
         if module.kind == "latent_sampler" and module.cond:
             yield from _idle_latent((*path, "cond"), module.cond)
+    used = _in_use(arch)
     for i, stage in enumerate(arch.pipeline):
         if stage.mode == "train_prefill":
-            yield ("arch", "pipeline", i, "mode"), "read as all: what is trained runs in use too"
+            meant = "all: the readout needs" if stage.name in used else "train: only latents need"
+            yield ("arch", "pipeline", i, "mode"), f"read as {meant} this stage"
 
 
 def _idle_latent(path: Path, cond: Cond) -> Iterator[Finding]:

@@ -23,12 +23,12 @@ Params = dict[str, bool | int | float | str | None]
 class ModuleBudget(Node):
     """What a module may cost."""
 
-    tokens_per_step: NonNegative | None = None
-    """most tokens of a training step"""
+    tokens_per_step: PositiveInt | None = None
+    """most tokens of a training step, all rows"""
     flops_per_token: NonNegative | None = None
-    """of an embedding, which costs none; elsewhere refused: see `train.budget.flops_per_step`"""
+    """of an embedding 0, what it costs; elsewhere refused: see `train.budget.flops_per_step`"""
     latency_ms: NonNegative | None = None
-    """refused: it hangs on the machine"""
+    """refused: it depends on the machine"""
 
 
 class Module(Node):
@@ -84,8 +84,8 @@ class Stage(Node):
     repeat: PositiveInt = 1
     """runs in a row, each on what the last one gave"""
     mode: Literal["all", "train", "prefill", "decode", "train_prefill", "inference"] | None = None
-    """when it runs: `train` where only latents read it, elsewhere `all` (as is train_prefill, with
-    a note); others are refused"""
+    """when it runs: `train` where only latents need it, else `all`; `train_prefill` is read as the
+    one that is true, with a note, and others are refused"""
     inputs: tuple[str, ...] | None = None
     """earlier stages whose mean it reads; the nearest that is no latent by default"""
     kv_from: tuple[str, ...] | None = None
@@ -138,7 +138,7 @@ class Arch(Node):
 class StepBudget(Node):
     """What a training run may spend."""
 
-    tokens_per_step: NonNegative | None = None
+    tokens_per_step: PositiveInt | None = None
     """most tokens of a training step, all rows"""
     max_steps: PositiveInt | None = None
     """steps after which training ends"""

@@ -7,7 +7,7 @@ import pytest
 
 from forge_jax import arch
 from forge_jax.arch.latents import LatentSampler, drawn
-from forge_jax.arch.pipeline import Code
+from forge_jax.arch.pipeline import Code, active
 from tests.arch.documents import BASE, PIPELINE, SMALL_STACK, edited
 from tests.arch.programs import jitted, random_like, random_network, random_tokens
 
@@ -304,12 +304,16 @@ WRONG = [
     ({f"{P}.5.inputs": ["memory"], f"{P}.5.mem_from": None}, "no stage reads bits"),
     ({f"{P}.3.mode": "decode"}, "not trained as it is used"),
     ({f"{P}.3.prefill_only": True}, "not trained as it is used"),
-    ({f"{P}.3.mode": "train"}, r"pipeline\[3\]\.mode: what is read in use"),
-    ({f"{P}.2.train_only": True}, r"pipeline\[2\]\.train_only: what is read in use"),
-    ({f"{P}.3.params": {"a": 1}}, "a module has params"),
+    ({f"{P}.3.mode": "train"}, r"pipeline\[3\]\.mode: is for what only latents need"),
+    ({f"{P}.2.train_only": True}, r"pipeline\[2\]\.train_only: is for what only latents need"),
+    ({f"{P}.6.mode": "train"}, r"pipeline\[6\]\.mode: is for what only latents need"),
+    ({f"{P}.1.mode": "all"}, r"pipeline\[1\]\.mode: must be train: only latents"),
+    ({f"{P}.1.train_only": True, f"{P}.1.mode": "all"}, "must be train beside train_only"),
+    ({f"{P}.3.params": {}}, "a module has params"),
     ({f"{P}.3.budget": {"tokens_multiplier": 2}}, "write it in train.budget"),
-    ({"arch.modules.lower.budget": {"latency_ms": 9}}, "it hangs on the machine"),
+    ({"arch.modules.lower.budget": {"latency_ms": 9}}, "it depends on the machine"),
     ({"arch.modules.lower.budget": {"flops_per_token": 9}}, "flops_per_step limits the whole"),
+    ({"arch.modules.tokens.budget": {"flops_per_token": 9}}, "must be 0, what an embedding costs"),
     ({f"{P}.4.module": "upper"}, "must have it, or none: they share weights"),
     ({"arch.modules.lower.kind": "custom"}, "custom is not supported"),
     ({"arch.modules.lower.latent": {}}, "is not supported"),
@@ -368,15 +372,19 @@ def test_what_has_no_effect_is_noted_and_refused_when_strict(path):
 
 
 def test_a_stage_may_say_that_it_is_for_training_alone():
-    """True of what only latents read; `train_prefill` is cut to `all`, as rope's dims to a head."""
+    """True of what only latents need; `train_prefill` is cut, as rope's dims to a head."""
     plain = arch.from_dict(PIPELINE)
-    for change in ({f"{P}.1.mode": "train"}, {f"{P}.1.train_only": True}):
+    for change in ({f"{P}.1.mode": "train"}, {f"{P}.1.train_only": True}, {f"{P}.3.mode": "all"}):
         spec = arch.from_dict(edited(change, PIPELINE), strict=True)
         assert arch.canonical(spec) == arch.canonical(plain)
-    cut = edited({f"{P}.3.mode": "train_prefill"}, PIPELINE)
-    assert arch.notes(arch.from_dict(cut))[0].startswith("arch.pipeline[3].mode: read as all")
-    with pytest.raises(arch.DocumentError, match="read as all"):
-        arch.from_dict(cut, strict=True)
+    assert {step.name for step in active(plain.arch, train=True)} >= {"encoder", "lower"}
+    assert "encoder" not in {step.name for step in active(plain.arch, train=False)}
+    for i, meant in ((1, "train: only latents need"), (3, "all: the readout needs")):
+        cut = edited({f"{P}.{i}.mode": "train_prefill"}, PIPELINE)
+        note = f"arch.pipeline[{i}].mode: read as {meant} this stage"
+        assert arch.notes(arch.from_dict(cut)) == (note,)
+        with pytest.raises(arch.DocumentError, match="read as"):
+            arch.from_dict(cut, strict=True)
 
 
 def test_the_smallest_token_budget_counts():
@@ -388,7 +396,8 @@ def test_the_smallest_token_budget_counts():
     free = {"arch.modules.tokens.budget": {"flops_per_token": 0}}
     assert arch.over_budget(arch.from_dict(edited(free, PIPELINE)), arch.cost(spec)) == ()
     assert arch.over_budget(spec, arch.cost(spec), rows=2) == ()
-    over = arch.over_budget(spec, arch.cost(spec), rows=3)
-    assert over == ("train.budget.tokens_per_step: 96 in a step, over 64.",)
-    assert arch.over_budget(arch.canonical(spec), arch.cost(spec), rows=3) == over
+    full, where = arch.canonical(spec), ("train", "arch.modules.tokens", "arch.modules.upper")
+    over, found = (arch.over_budget(s, arch.cost(s), rows=3) for s in (spec, full))
+    assert [s.partition(".budget.")[0] for s in over] == list(where)
+    assert found == ("train.budget.tokens_per_step: 96 tokens in a step, over 64.",)
     assert arch.fingerprint(spec) == arch.fingerprint(arch.from_dict(PIPELINE))

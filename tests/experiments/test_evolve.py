@@ -77,6 +77,17 @@ def sweep(tmp_path):
     )
 
 
+def test_equal_flops_and_an_end_of_training_are_refused(sweep, tmp_path, capsys):
+    ending = DOCUMENT.replace("lr: 0.03", "lr: 0.03, budget: {max_steps: 4}")
+    (tmp_path / "b.yaml").write_text(ending.replace("WINDOW", "5"))
+    plan = dataclasses.replace(sweep, plan=True)
+    assert evolve.main(plan) == 0
+    assert "100 steps for 100 of the ladder, at most 4 in all" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        evolve.main(dataclasses.replace(plan, equal_flops=True))
+    assert "`equal_flops` contradicts train.budget.max_steps of b" in capsys.readouterr().err
+
+
 def test_a_sweep_writes_what_it_promises(sweep, capsys):
     """Two structures at most are compiled: the windows share one, what is refused has none."""
     out = sweep.out

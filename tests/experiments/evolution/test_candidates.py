@@ -161,31 +161,35 @@ def test_who_costs_too_much_is_refused_before_compiling(cache, tmp_path):
 
 
 def test_equal_flops_are_other_steps():
-    narrow, wide = (document(**{"d_model": d}) for d in (8, 32))
-    small, large = (arch.cost(spec, 8) for spec in (narrow, wide))
+    small, large = (arch.cost(document(**{"d_model": d}), 8) for d in (8, 32))
     setup = make_setup(step_flops=small.train_flops)
-    assert candidates.own_steps(100, narrow, small, setup) == 100
-    steps = candidates.own_steps(100, wide, large, setup)
+    assert candidates.own_steps(100, small, setup) == 100
+    steps = candidates.own_steps(100, large, setup)
     ratio = steps * large.train_flops / (100 * small.train_flops)
     assert steps < 50
     assert abs(ratio - 1) < 0.5 / steps
-    assert candidates.own_steps(100, wide, large, make_setup()) == 100
+    assert candidates.own_steps(100, large, make_setup()) == 100
 
 
 def test_a_document_ends_its_training(cache, tmp_path):
     """Rungs beyond `max_steps` score what was trained until then; its batches are of `rows`."""
-    tree, setup = arch.to_dict(document()), make_setup()
+    tree: Any = arch.to_dict(document())
+    setup = make_setup(memo=tmp_path / "results")
     tree["train"]["budget"] = {"max_steps": 3, "tokens_per_step": 8 * setup.rows}
     spec = arch.from_dict(tree)
-    found = [
+    found: Any = [
         candidates.evaluate(setup, cache, store(tmp_path), spec, "a", done, steps)
         for done, steps in [(0, 2), (2, 4), (4, 9)]
     ]
-    alone = candidates.evaluate(setup, cache, store(tmp_path), document(), "b", 0, 3)
+    alone, known = (
+        candidates.evaluate(given, cache, store(tmp_path), document(), name, 0, 3)
+        for given, name in ((make_setup(), "b"), (setup, "c"))
+    )
     assert [f.metrics["steps"] for f in found] == [2, 3, 3]
     assert found[0].score != found[1].score == found[2].score == alone.score
+    assert known == found[1]
     tree["train"]["budget"]["tokens_per_step"] -= 1
-    with pytest.raises(ValueError, match="tokens_per_step: 16 in a step, over 15"):
+    with pytest.raises(ValueError, match="tokens_per_step: 16 tokens in a step, over 15"):
         candidates.admitted(arch.from_dict(tree), setup)
 
 
