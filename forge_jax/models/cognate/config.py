@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from forge_jax.models.cognate.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +58,9 @@ class CognateConfig:
     """of the halting loss: of the BCE, of PonderNet's divergence, or ACT's time penalty"""
     dropout: float = 0.0
     """of the attention's and the MLP's output in the backbone"""
-    remat: bool = True
-    """recompute the inside of layers and recursion steps in the backward pass: a third of the
-    temporary memory, and on a CPU no slower"""
+    remat: Remat = "dots"
+    """what of layers and recursion steps the backward pass computes again: all (`full`, least
+    memory), all but the products (`dots`, fastest on a CPU), nothing (`none`, most memory)"""
     loss_rows: int = 512
     """rows of logits that exist at a time"""
     compat: Literal["corrected", "reference"] = "corrected"
@@ -70,6 +72,7 @@ class CognateConfig:
             "memory": ("ema", "titans"),
             "halting": ("trm_bce", "ponder", "act"),
             "compat": ("corrected", "reference"),
+            "remat": get_args(Remat),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -29,6 +29,7 @@ from forge_jax.models.cognate.gate import MagGate
 from forge_jax.models.cognate.halting import ActHead
 from forge_jax.models.cognate.memory import Ema, EmaMemory, Stream, TitansMemory, init_memory
 from forge_jax.models.cognate.recursion import Recursion
+from forge_jax.models.cognate.remat import rematted
 from forge_jax.models.cognate.titans import Measures
 
 
@@ -143,9 +144,8 @@ class Backbone(nn.Module):
         if config.positions == "learned":
             x = x + self.pos_emb(place.positions)
         turn = turn_of(config, config.heads, place.positions)
-        layer = nn.remat(Layer, prevent_cse=False) if config.remat else Layer
         stack = nn.scan(
-            layer,
+            rematted(Layer, config.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]

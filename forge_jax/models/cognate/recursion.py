@@ -22,6 +22,7 @@ from forge_jax.models.cognate.attention import (
     torch_uniform,
 )
 from forge_jax.models.cognate.config import CognateConfig
+from forge_jax.models.cognate.remat import rematted
 
 
 def _norm(name: str) -> nn.LayerNorm:
@@ -130,8 +131,7 @@ class Recursion(nn.Module):
             y, z = module.step(y, z, seen, answers, place, turn)
             return (y, z), (y, z, tuple(a[:, :, time:] for a in answers))
 
-        if config.remat:
-            body = nn.remat(body, prevent_cse=False)
+        body = rematted(body, config.remat)
         scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
         _, (ys, zs, caches) = scan(self, (y, z), (jnp.arange(config.steps), answer_caches))
         kept = tuple(k[:, :, time:] for k in behind(feature_cache, attached))

@@ -130,7 +130,9 @@ def test_remat_recomputes_layers_and_steps():
 
     def recomputed(remat):
         text = trace(dataclasses.replace(config, remat=remat))
-        return text.count("remat2[") + text.count("checkpoint[")
+        return text.count("remat2[") + text.count("checkpoint["), text.count("dot_general")
 
-    assert recomputed(False) == 0
-    assert recomputed(True) >= 2
+    assert recomputed("none") == (0, kept := recomputed("dots")[1])
+    assert recomputed("dots")[0] >= 2
+    assert recomputed("full")[0] >= 2
+    assert recomputed("full")[1] > kept
