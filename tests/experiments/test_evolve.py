@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from experiments import evolve
@@ -36,13 +37,23 @@ def test_a_bad_document_is_told_and_fails(tmp_path, capsys):
     assert evolve.main(evolve.Validate(files)) == 1
     out = capsys.readouterr().out
     assert out.count("INVALID") == 3
-    assert "arch.mix_unit.mixer.heads (line 7): must divide d_model 192, got 7" in out
+    assert "arch.mix_unit.mixer.heads (line 8): must divide d_model 192, got 7" in out
 
 
-def test_the_schema_is_written(tmp_path):
+def test_the_shipped_schema_is_the_one_that_is_written(tmp_path):
+    """Editors read it by the first line of each document; another library judges by it as we do."""
     assert evolve.main(evolve.Schema(tmp_path / "s.json")) == 0
+    assert (tmp_path / "s.json").read_text() == (ARCHS[0].parent / "arch.schema.json").read_text()
     schema = json.loads((tmp_path / "s.json").read_text())
-    assert schema["additionalProperties"] is False
+    jsonschema.Draft202012Validator.check_schema(schema)
+    judge = jsonschema.Draft202012Validator(schema)
+    for path in ARCHS:
+        text = path.read_text()
+        assert text.startswith("# yaml-language-server: $schema=arch.schema.json\n")
+        document = arch.to_dict(arch.parse(text))
+        assert judge.is_valid(document)
+        for wrong in ({"window": 3}, {"n_layers": 0}, {"norm": "BatchNorm"}, {"d_model": "wide"}):
+            assert not judge.is_valid(document | {"arch": document["arch"] | wrong})
 
 
 DOCUMENT = """
