@@ -103,8 +103,17 @@ def described(spec: arch.Spec) -> str:
         f"forward FLOPs per token {spent.flops / spec.train.ctx_len:,.0f}",
         f"KV bytes per token {spent.kv_bytes:,.0f}",
         *(f"note: {note}" for note in arch.notes(spec)),
+        *(f"budget, for one row: {over}" for over in over_budget(spec, spent)),
     ]
     return "\n".join(lines)
+
+
+def over_budget(spec: arch.Spec, spent: arch.Cost) -> tuple[str, ...]:
+    """The budgets that are exceeded; of one that another document sets, that it is not known."""
+    try:
+        return arch.over_budget(spec, spent)
+    except ValueError as error:
+        return (str(error),)
 
 
 def validate(path: Path, strict: bool) -> bool:

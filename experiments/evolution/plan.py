@@ -61,7 +61,7 @@ def described(specs: dict[str, arch.Spec], setup: Setup, settings: evolve.Settin
         if "refused" in row:
             lines.append(f"{row['name']}: refused. {row['refused']}")
             continue
-        end = f", at most {row['max_steps']} in all" if row["max_steps"] else ""
+        end = f" (its training ends at {row['max_steps']})" if row["max_steps"] else ""
         lines.append(
             f"{row['name']}: {row['params']:,} parameters, {row['flops_per_token']:,.0f} FLOPs and "
             f"{row['kv_bytes_per_token']:,.0f} KV bytes per token, "

@@ -209,12 +209,15 @@ def words(built: dict[str, Any], most: int = 5) -> str:
         )
     for e in (e for e in built["deep_evaluations"] if e["score"] is not None):
         versus = e["against_baseline"]
-        tail = "baseline"
+        tail = "no baseline to compare with" if e["candidate_index"] else "baseline"
         if versus is not None:
             gap, p = f"{versus['difference']:+.4f}", shown.number(versus["p"], 2)
             tail = f"{gap} against the baseline, p {p}: {versus['verdict']}"
-        lines.append(f"  fresh seeds, {e['cfg_path']}: {e['score']:.4f}, {tail}")
+        lines.append(
+            f"  fresh seeds, {e['cfg_path']}: {e['score']:.4f} after {e['metrics']['steps']} "
+            f"steps, {tail}"
+        )
     count = len(built["candidates"])
     best = f", the best {most} above" if count > most else ""
-    lines.append(f"  {count} candidates{best}, {built['failed']} failures")
+    lines.append(f"  {count} candidates{best}, {built['failed']} failed trainings")
     return "\n".join(lines)

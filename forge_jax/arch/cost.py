@@ -136,7 +136,9 @@ def over_budget(
     limits = spec.budget
     out = []
     if limits and limits.params_target and found.params > limits.params_target:
-        out.append(f"budget.params_target: {found.params} parameters, over {limits.params_target}.")
+        out.append(
+            f"budget.params_target: {found.params:,} parameters, over {limits.params_target:,.0f}."
+        )
     if limits and limits.flops_target:
         target = limits.flops_target
         if isinstance(target, str):

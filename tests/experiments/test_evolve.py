@@ -40,6 +40,17 @@ def test_a_bad_document_is_told_and_fails(tmp_path, capsys):
     assert "arch.mix_unit.mixer.heads (line 8): must divide d_model 192, got 7" in out
 
 
+def test_validate_tells_of_budgets(tmp_path, capsys):
+    tight = 'budget: {params_target: 1000, flops_target: "match:other"}\n'
+    for text in (tight, tight.replace('"match:other"', "1")):
+        (tmp_path / "a.yaml").write_text(DOCUMENT.replace("WINDOW", "3") + text)
+        assert evolve.main(evolve.Validate((tmp_path / "a.yaml",))) == 0
+    first, second = capsys.readouterr().out.split("VALID")[1:]
+    assert "budget, for one row: `references` must have 'other'" in first
+    assert "flops_target: " in second
+    assert second.count("budget, for one row: ") == 2
+
+
 def test_the_shipped_schema_is_the_one_that_is_written(tmp_path):
     """Editors read it by the first line of each document; another library judges by it as we do."""
     assert evolve.main(evolve.Schema(tmp_path / "s.json")) == 0
@@ -93,7 +104,7 @@ def test_equal_flops_and_an_end_of_training_are_refused(sweep, tmp_path, capsys)
     (tmp_path / "b.yaml").write_text(ending.replace("WINDOW", "5"))
     plan = dataclasses.replace(sweep, plan=True)
     assert evolve.main(plan) == 0
-    assert "100 steps for 100 of the ladder, at most 4 in all" in capsys.readouterr().out
+    assert "100 steps for 100 of the ladder (its training ends at 4)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         evolve.main(dataclasses.replace(plan, equal_flops=True))
     assert "`equal_flops` contradicts train.budget.max_steps of b" in capsys.readouterr().err
