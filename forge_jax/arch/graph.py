@@ -11,6 +11,7 @@ from forge_jax.arch.pipeline import (
     EMBEDDING,
     OWN,
     SHARED,
+    in_use,
     kind_of,
     module_arch,
     stages_in_full,
@@ -193,19 +194,9 @@ def _ends(arch: Arch) -> Iterator[Finding]:
         yield ("arch", "pipeline"), "has no stack"
 
 
-def _in_use(arch: Arch) -> set[str]:
-    """The stages that run in use, where a latent reads nothing."""
-    full = stages_in_full(arch)
-    names = {full[-1][0].name}
-    for stage, kind, inputs in reversed(full):
-        if stage.name in names and kind != "latent_sampler":
-            names |= {*inputs, *(stage.kv_from or ()), *(stage.mem_from or ())}
-    return names
-
-
 def _reach(arch: Arch) -> Iterator[Finding]:
     """Tokens have to come by a way without latents, and stages run when they say."""
-    full, used = stages_in_full(arch), _in_use(arch)
+    full, used = stages_in_full(arch), in_use(arch)
     if full[0][0].name not in used:
         yield ("arch", "pipeline"), "leads no token to the readout but through latents"
     for i, (stage, _, _) in enumerate(full):
@@ -235,7 +226,7 @@ def notes(arch: Arch) -> Iterator[Finding]:
             yield (*path, field), f"has no effect on a module of kind {module.kind}"
         if module.kind == "latent_sampler" and module.cond:
             yield from _idle_latent((*path, "cond"), module.cond)
-    used = _in_use(arch)
+    used = in_use(arch)
     for i, stage in enumerate(arch.pipeline):
         if stage.mode == "train_prefill":
             meant = "all: the readout needs" if stage.name in used else "train: only latents need"

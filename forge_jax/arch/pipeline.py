@@ -87,6 +87,16 @@ def stages_in_full(arch: Arch) -> tuple[tuple[Stage, str, tuple[str, ...]], ...]
     return tuple(out)
 
 
+def in_use(arch: Arch) -> set[str]:
+    """The stages that run in use, where a latent reads nothing."""
+    full = stages_in_full(arch)
+    names = {full[-1][0].name}
+    for stage, kind, inputs in reversed(full):
+        if stage.name in names and kind != "latent_sampler":
+            names |= {*inputs, *(stage.kv_from or ()), *(stage.mem_from or ())}
+    return names
+
+
 def steps_of(arch: Arch) -> tuple[Step, ...]:
     """The steps of a document that the rules have passed."""
     if arch.pipeline is None:
@@ -128,10 +138,7 @@ def last_of(arch: Arch) -> tuple[str, ...]:
 def active(arch: Arch, train: bool) -> tuple[Step, ...]:
     """The steps that run: in use a latent is drawn, and what only latents read is left out."""
     steps = steps_of(arch)
-    if train:
+    if train or arch.pipeline is None:
         return steps
-    read = set(last_of(arch))
-    for step in reversed(steps):
-        if step.name in read and step.code is None:
-            read |= set(step.read)
-    return tuple(step for step in steps if step.name in read)
+    used = in_use(arch)
+    return tuple(step for step in steps if step.name in used)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from forge_jax import arch
-from tests.arch.documents import PIPELINE, edited
+from tests.arch.documents import PIPELINE, SMALL_STACK, edited
 
 A = {"kind": "Attention", "heads": 4, "kv_heads": 2}
 R, S, C = {"kind": "Retention", "heads": 4}, {"kind": "SSM"}, {"kind": "LongConv"}
@@ -145,3 +145,19 @@ def test_a_budget_is_compared():
     assert [len(arch.over_budget(fits, found, rows=n)) for n in (1, 2)] == [0, 1]
     with pytest.raises(ValueError, match="must have 'small'"):
         arch.over_budget(spec, found)
+
+
+def test_the_smallest_token_budget_counts():
+    """All tokens of a step pass every module; one that no stage has limits nothing."""
+    budgets = {"train.budget.tokens_per_step": 90, "arch.modules.tokens.budget.tokens_per_step": 70}
+    budgets |= {"arch.modules.upper.budget.tokens_per_step": 64}
+    spare = {"arch.modules.spare": {**SMALL_STACK, "budget": {"tokens_per_step": 1}}}
+    spec = arch.from_dict(edited(budgets | spare, PIPELINE))
+    free = {"arch.modules.tokens.budget": {"flops_per_token": 0}}
+    assert arch.over_budget(arch.from_dict(edited(free, PIPELINE)), arch.cost(spec)) == ()
+    assert arch.over_budget(spec, arch.cost(spec), rows=2) == ()
+    full, where = arch.canonical(spec), ("train", "arch.modules.tokens", "arch.modules.upper")
+    over, found = (arch.over_budget(s, arch.cost(s), rows=3) for s in (spec, full))
+    assert [s.partition(".budget.")[0] for s in over] == list(where)
+    assert found == ("train.budget.tokens_per_step: 96 tokens in a step, over 64.",)
+    assert arch.fingerprint(spec) == arch.fingerprint(arch.from_dict(PIPELINE))

@@ -385,19 +385,3 @@ def test_a_stage_may_say_that_it_is_for_training_alone():
         assert arch.notes(arch.from_dict(cut)) == (note,)
         with pytest.raises(arch.DocumentError, match="read as"):
             arch.from_dict(cut, strict=True)
-
-
-def test_the_smallest_token_budget_counts():
-    """All tokens of a step pass every module; one that no stage has limits nothing."""
-    budgets = {"train.budget.tokens_per_step": 90, "arch.modules.tokens.budget.tokens_per_step": 70}
-    budgets |= {"arch.modules.upper.budget.tokens_per_step": 64}
-    spare = {"arch.modules.spare": {**SMALL_STACK, "budget": {"tokens_per_step": 1}}}
-    spec = arch.from_dict(edited(budgets | spare, PIPELINE))
-    free = {"arch.modules.tokens.budget": {"flops_per_token": 0}}
-    assert arch.over_budget(arch.from_dict(edited(free, PIPELINE)), arch.cost(spec)) == ()
-    assert arch.over_budget(spec, arch.cost(spec), rows=2) == ()
-    full, where = arch.canonical(spec), ("train", "arch.modules.tokens", "arch.modules.upper")
-    over, found = (arch.over_budget(s, arch.cost(s), rows=3) for s in (spec, full))
-    assert [s.partition(".budget.")[0] for s in over] == list(where)
-    assert found == ("train.budget.tokens_per_step: 96 tokens in a step, over 64.",)
-    assert arch.fingerprint(spec) == arch.fingerprint(arch.from_dict(PIPELINE))
