@@ -15,7 +15,10 @@ import tyro
 
 from experiments.bench import page, race
 
-MODULES = ("population", "rl_step", "four_experts", "rows", "generation", "nsga2", "decompose")
+MODULES = (
+    *("population", "rl_step", "four_experts", "rows", "generation", "nsga2", "decompose"),
+    "few_shot",  # last: without the experts of `make demo` it ends the run
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from experiments.files import read_json, write_atomic, write_json
 
 # in the order of the page
 ORDER = (
-    *("population_scoring", "population_few_shot", "population_generation"),
+    *("population_scoring", "population_few_shot", "few_shot", "population_generation"),
     *("rl_step", "four_experts", "rows"),
     *("generation", "nsga2", "decompose"),
 )
@@ -24,7 +24,7 @@ HEAD = """# Performance
 
 `python -m experiments.bench.all runs/bench --rounds 3 --page docs/performance.md` runs these races
 and writes this page; one module of them is `python -m experiments.bench.<name> runs/bench` with
-population, rl_step, four_experts, rows, generation, nsga2 or decompose, and
+population, rl_step, four_experts, rows, generation, nsga2, decompose or few_shot, and
 `python -m experiments.bench.page runs/bench --page docs/performance.md` writes the page again. The
 optimizer's race is in `docs/optimizer.md`, that of architectures `experiments.bench.candidates`.
 
@@ -46,7 +46,10 @@ How to read it:
   copies are added up as if neither overlapped: where a race mostly reads, as decoding does, the
   share can exceed 100 % and is no bound.
 - torch runs as many threads as JAX, without `torch.compile`. The race of NSGA-II needs pymoo, which
-  comes with the `dev` extra.
+  comes with the `dev` extra, and few_shot the experts of `make demo`.
+- few_shot is the fitness of few-shot adaptation on real shots: the public way generates the
+  answers, ours judges them in one pass and finds the same ones right. population_few_shot is the
+  loss of random decoders at other widths.
 """
 
 

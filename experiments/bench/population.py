@@ -7,7 +7,7 @@ The public way rebuilds every matrix for every candidate and runs the model on i
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +50,10 @@ FULL = (
     (Shape(768, 2, 32, rows=10, tokens=12), {PUBLIC: 10.0}),
     (Shape(1536, 1, 32, rows=10, tokens=12), {PUBLIC: 10.0}),
 )
+
+
+Ask = Callable[[Any, int], torch.Tensor]
+"""`ask(model, times)`: what it makes of the batch repeated so many times, (times, ...)"""
 
 
 class Batch(NamedTuple):
@@ -103,21 +107,18 @@ def continued(model, tokens, new_tokens: int):
     return out[:, tokens.shape[1] :]
 
 
-def one_by_one(case, shape: Shape, batch: Batch, alpha, *, diagonal: bool) -> race.Contender:
-    """Rebuild every matrix of a candidate, put it into the model, run that."""
+def one_by_one(case: decoders.Case, alpha, ask: Ask, *, diagonal: bool) -> race.Contender:
+    """Rebuild every matrix of a candidate, put it into the model, ask that."""
     model = decoders.torch_model(case.spec, case.params)
     matrices = decoders.torch_matrices(case)
     experts, alphas = decoders.to_torch(case.experts), torch.tensor(alpha, device=decoders.DEVICE)
-    tokens = torch.tensor(batch.tokens, device=decoders.DEVICE).long()
 
     def candidate(a):
         for path, matrix in matrices.items():
             z = 1 + a @ (experts[path] - 1)
             weight = model.get_submodule(matrix.module).weight
             weight.copy_(decoders.rebuild(matrix, z, diagonal=diagonal))
-        if shape.new_tokens:
-            return continued(model, tokens, shape.new_tokens)
-        return torch_loss(model, tokens, 1)[0]
+        return ask(model, 1)[0]
 
     @torch.no_grad()
     def run():
@@ -127,26 +128,34 @@ def one_by_one(case, shape: Shape, batch: Batch, alpha, *, diagonal: bool) -> ra
     return race.Contender(run, held_bytes=held + race.size(list(model.parameters())))
 
 
-def folded(case, shape: Shape, batch: Batch, alpha) -> race.Contender:
-    """The factored form in torch: every row of one batch with its candidate's scales."""
+def folded(case: decoders.Case, alpha, rows: int, ask: Ask) -> race.Contender:
+    """The factored form in torch: each of a batch's `rows` once with every candidate's scales."""
     model, layers = decoders.factored_model(case)
     experts, alphas = decoders.to_torch(case.experts), torch.tensor(alpha, device=decoders.DEVICE)
-    tokens = torch.tensor(batch.tokens, device=decoders.DEVICE).long()
     base = {path: layer.s for path, layer in layers.items()}
-    repeated = tokens.repeat(len(alphas), 1)
 
     @torch.no_grad()
     def run():
         for path, layer in layers.items():
             s = base[path] * (1 + alphas @ (experts[path] - 1))
-            layer.s = s.repeat_interleave(len(tokens), dim=0)[:, None]
-        if shape.new_tokens:
-            out = continued(model, repeated, shape.new_tokens)
-            return out.view(len(alphas), len(tokens), -1).cpu()
-        return torch_loss(model, repeated, len(alphas)).cpu()
+            layer.s = s.repeat_interleave(rows, dim=0)[:, None]
+        return ask(model, len(alphas)).cpu()
 
     held = race.size([(f.u, f.vt) for f in layers.values()])
     return race.Contender(run, held_bytes=held + race.size(list(model.parameters())))
+
+
+def asking(shape: Shape, batch: Batch) -> Ask:
+    """The loss of each candidate, or its greedy tokens."""
+    tokens = torch.tensor(batch.tokens, device=decoders.DEVICE).long()
+
+    def ask(model, times: int):
+        repeated = tokens.repeat(times, 1)
+        if shape.new_tokens:
+            return continued(model, repeated, shape.new_tokens).view(times, len(tokens), -1)
+        return torch_loss(model, repeated, times)
+
+    return ask
 
 
 def title(shape: Shape) -> str:
@@ -185,12 +194,12 @@ def make(shape: Shape, floors: dict[str, float], dtype: str) -> race.Race:
     tokens = decoders.tokens_of(spec, shape.rows, shape.tokens)
     batch = Batch(tokens, np.ones(tokens.shape, bool))
     alpha = np.random.default_rng(2).uniform(0, 1, (shape.population, shape.experts))
-    given = (shape, batch, alpha.astype(np.float32))
+    alpha, ask = alpha.astype(np.float32), asking(shape, batch)
     entries = {
-        OURS: ours(case, *given),
-        PUBLIC: one_by_one(case, *given, diagonal=True),
-        BROADCAST: one_by_one(case, *given, diagonal=False),
-        TORCH: folded(case, *given),
+        OURS: ours(case, shape, batch, alpha),
+        PUBLIC: one_by_one(case, alpha, ask, diagonal=True),
+        BROADCAST: one_by_one(case, alpha, ask, diagonal=False),
+        TORCH: folded(case, alpha, shape.rows, ask),
     }
     return race.Race(
         name=name(shape),
@@ -202,7 +211,7 @@ def make(shape: Shape, floors: dict[str, float], dtype: str) -> race.Race:
         floors=floors,
         work=work(cased, shape),
         unit="population",
-        timed=None if dtype == "float32" else ours(cased, *given),
+        timed=None if dtype == "float32" else ours(cased, shape, batch, alpha),
     )
 
 

@@ -319,7 +319,7 @@ def test_the_page_has_every_race_and_every_floor(tmp_path):
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     wanted = ["Machine", *(measured(n)["name"] for n in ("scored", "rl_step", "gpt2", "nsga2"))]
     assert titles == [f"## {title}" for title in wanted]
-    absent = "population_few_shot, population_generation, four_experts, rows, decompose"
+    absent = "population_few_shot, few_shot, population_generation, four_experts, rows, decompose"
     assert f"Not run here: {absent}." in text
     assert text.count("missed by 100.0 %") == 1
     assert len(read_json(tmp_path / "result.json")["races"]) == 4
