@@ -249,12 +249,13 @@ def settings_in(config: dict[str, Any]) -> evolve.Settings:
     return evolve.Settings(**found | {"ladder": evolve.Ladder(**found["ladder"])})
 
 
-def write_report(path: Path, rest: dict[str, Any]) -> None:
+def write_report(path: Path, rest: dict[str, Any]) -> dict[str, Any]:
     """Write and print the report of the events in `path`."""
     config = read_json(path / "config.json")
     built = report.built(runs.rows(path), settings_in(config), config, rest)
     write_json(path / "search_report.json", built)
     print(report.words(built))
+    return built
 
 
 def write_lineage(path: Path, direction: str = "TD") -> None:
@@ -267,7 +268,7 @@ def write_lineage(path: Path, direction: str = "TD") -> None:
 
 
 def train(args: Train | Sweep) -> int:
-    """Search, or say what it would cost; write the run directory."""
+    """Search, or say what it would cost; write the run directory. 1 where nothing was trained."""
     check(args)
     if args.device:
         jax.config.update("jax_platforms", args.device)
@@ -296,7 +297,7 @@ def train(args: Train | Sweep) -> int:
         rest: dict[str, Any] = {"out_of_time": late, "cache": cache.counts()}
         rest |= {"seconds": runs.seconds(run), "cpu_seconds": time.process_time()}
         rest["peak_rss_gb"] = runs.peak_rss_gb()
-        write_report(run.path, rest)
+        built = write_report(run.path, rest)
         write_lineage(run.path)
         done = runs.finish(run)
     if cache.known:
@@ -305,7 +306,7 @@ def train(args: Train | Sweep) -> int:
             "trained them, and they left no checkpoints here; --cache None trains everything"
         )
     print(f"report: {done / 'search_report.json'}")
-    return 0
+    return 0 if report.ranked(built) else 1
 
 
 def evaluation(run: runs.Run, cache: programs.Cache, setup: Setup) -> search.Evaluate:
