@@ -143,7 +143,7 @@ def work(case: decoders.Case, shots: Questions, population: int) -> race.Work:
     """Count the products of the form that `evaluate_population` takes."""
     rows, length = len(shots.tokens), shots.tokens.shape[1] + shots.answers.shape[1]
     experts: Any = case.experts
-    form = search.cheaper_form(case.factors, experts, rows * length)
+    form = search.cheaper_form(case.factors, experts, rows * length, population)
     return decoders.decoder_work(case, population * rows, length, factored=form == "factored")
 
 

@@ -104,7 +104,7 @@ class FewShot:
         def evaluate(members) -> OnShots:
             alphas = self.by_path(members, paths)
             correct, logp = search.evaluate_population(
-                adapted, factors, experts, alphas, score, shots
+                adapted, factors, experts, alphas, score, shots, rounds=self.generations
             )
             return OnShots(correct.mean(axis=1), logp.mean(axis=1))
 

@@ -44,6 +44,7 @@ def evaluate_population(
     rank_fraction: Float[Array, " candidates"] | None = None,
     form: Literal["auto", "factored", "dense"] = "auto",
     tokens: int | None = None,
+    rounds: int = 1,
     chunk: int | None = None,
     memory_limit: int | None = None,
     mesh: Mesh | None = None,
@@ -68,6 +69,8 @@ def evaluate_population(
         form: `auto` takes what `cheaper_form` says.
         tokens: rows that a candidate sends through its matrices in one step (rows x length when a
             text is scored, rows when it is decoded). None: the integers in `batch`.
+        rounds: populations of this size in one program, as in a scan over generations: the deltas
+            of the mixed-dense form are made once for all of them.
         chunk: candidates that run at once in the factored form.
         memory_limit: bytes that the deltas of the experts, and the temporaries of the candidates
             that run at once, may take. The temporaries are those that the compiler reports for
@@ -93,7 +96,8 @@ def evaluate_population(
     if form == "auto":
         sizes = _integers(batch) if tokens is None else tokens
         fits = memory_limit is None or delta_bytes(factors, experts) <= memory_limit
-        form = cheaper_form(factors, experts, sizes) if fits and rank is None else "factored"
+        allowed = fits and rank is None
+        form = cheaper_form(factors, experts, sizes, count * rounds) if allowed else "factored"
     arrays = (factors, experts, alphas, rank, batch)
     if memory_limit is not None:
         allowed = _allowed(adapted, score, form, memory_limit, arrays)
@@ -111,22 +115,24 @@ def cheaper_form(
     factors: PyTree[Any],
     experts: Experts,
     tokens: int,
+    candidates: int,
     *,
     flops_per_byte: float = FLOPS_PER_BYTE,
 ) -> Form:
-    """The form whose counted cost for one candidate is lower.
+    """The form whose counted cost for one of so many candidates is lower.
 
     For a matrix (m, n) of rank r and t tokens: factored 2 t r (m + n) flops; mixed-dense 2 t m n,
-    and to mix W from K deltas 2 K m n flops and (K + 2) m n numbers moved, a byte counted as
-    `flops_per_byte` flops. What all candidates of a chunk read once (U, Vt) is not counted.
+    to mix W from K deltas 2 K m n flops and (K + 2) m n numbers moved, a byte counted as
+    `flops_per_byte` flops, and a candidate's share of the deltas' own 2 K m n r. What all
+    candidates of a chunk read once (U, Vt) is not counted.
     """
     factored = dense = 0.0
     for name, leaf in svf.named_factors(factors):
         m, n, r = leaf.u.shape[-2], leaf.vt.shape[-1], leaf.s.shape[-1]
         k, layers = len(experts[name]), math.prod(leaf.s.shape[:-1])
         factored += layers * 2.0 * tokens * r * (m + n)
-        mixing = 2.0 * k * m * n + flops_per_byte * 4.0 * (k + 2) * m * n
-        dense += layers * (2.0 * tokens * m * n + mixing)
+        mixing = 2.0 * k * (1 + r / candidates) + flops_per_byte * 4.0 * (k + 2)
+        dense += layers * (2.0 * tokens + mixing) * m * n
     return "factored" if factored <= dense else "dense"
 
 

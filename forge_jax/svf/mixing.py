@@ -1,6 +1,8 @@
 """Mixtures of experts: of their scales `z`, or of the dense differences that they make."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -104,7 +106,10 @@ def mix_weights(
     out = []
     for name, (_, leaf) in zip(names, leaves, strict=True):
         if name in deltas:
-            change = _weighted(coefficients[name], deltas[name])
+            # One pass over memory. XLA's CPU backend takes 2.6 times as long for the product of a
+            # row and a matrix, and far longer for a sum over the first axis.
+            terms = [a * d for a, d in zip(coefficients[name], deltas[name], strict=True)]
+            change = functools.reduce(operator.add, terms)
             # The sum is taken in float32: a half-precision weight would swallow a small change.
             leaf = (leaf.astype(jnp.float32) + change).astype(leaf.dtype)
         out.append(leaf)

@@ -141,12 +141,14 @@ def test_a_memory_limit_makes_the_chunks(case):
 
 
 def test_the_form_follows_the_counted_cost(case):
-    """By hand for one square matrix: factored 4 t n n, dense 2 t n n + 2 K n n + 40 (K + 2) n n."""
+    """By hand for one square matrix of width n = 8, each of P candidates in units of n n:
+    factored 4 t, dense 2 t + 2 K + 40 (K + 2) + 2 K n / P."""
     factors, ones = svf.decompose({"w": jnp.eye(8)}, lambda path, leaf: True)
     experts = {"w": jnp.stack([ones["w"]] * K)}
-    crossing = K + 20 * (K + 2)
-    assert search.cheaper_form(factors, experts, crossing) == "factored"
-    assert search.cheaper_form(factors, experts, crossing + 1) == "dense"
+    for candidates in (1, 8):
+        crossing = K + 20 * (K + 2) + K * 8 // candidates
+        assert search.cheaper_form(factors, experts, crossing, candidates) == "factored"
+        assert search.cheaper_form(factors, experts, crossing + 1, candidates) == "dense"
 
 
 @pytest.mark.parametrize(
