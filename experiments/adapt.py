@@ -129,6 +129,11 @@ def load(args: Args) -> tuple[Problem, dict[str, Any] | None]:
             f"The experts in {args.experts} are of another base ({str(theirs)[:12]}), this one is "
             f"{ours[:12]}."
         )
+    if inexact := [task.name for task in made.tasks if not task.is_exact]:
+        raise ValueError(
+            f"Adaptation is measured on answers that are exact; in {args.experts} those of "
+            f"{', '.join(inexact)} are read out of free text."
+        )
     z: Any = problem.stacked(found.experts)
     adapt.check_experts(made.weights["factors"], z)
     return made, z
@@ -148,7 +153,7 @@ def sets_of(made: Problem, args: Args) -> dict[str, Asked]:
         made,
         {
             "fit": ("train", "fit", args.fit_items),
-            "validation": ("validation", "reworded", args.items),
+            "validation": ("validation", "fit", args.items),
             "plain": ("test", "plain", args.items),
             "reworded": ("test", "reworded", args.items),
             "shared": ("test", "shared", args.items),
@@ -175,7 +180,7 @@ def run_all(run: runs.Run, args: Args, made: Problem, sets: dict[str, Asked], z)
     served = serving.accuracy(made, z, ways, way, {name: sets[name] for name in MEASURED})
     shown = ("two_pass", "oracle", "base", "of_oracle", "dispatched_right")
     logged = {f"two_pass/{name}/{k}": row[k] for name, row in served.items() for k in shown}
-    runs.log(run, {"step": 1, **logged})
+    runs.log(run, {"step": 1, **{k: v for k, v in logged.items() if v is not None}})
     cost = runs.once(run, "costs", lambda: serving.costs(made, z, ways, way, sets["plain"]))
     given = {
         "seeds": parse_seeds(args.shot_seeds, "--shot-seeds"),
@@ -197,11 +202,14 @@ def show(summary: dict[str, Any]) -> None:
     for way, row in summary["dispatch"].items():
         print(f"  {way:15}" + "".join(f"{100 * row[name]:11.1f}" for name in names))
     for name, two in summary["two_pass"].items():
+        share = two["of_oracle"]
+        of_oracle = "no share" if share is None else f"{share:.3f}"
         print(
             f"two passes ({summary['way']}), {name}: {100 * two['two_pass']:.1f} %, oracle "
-            f"{100 * two['oracle']:.1f}, base {100 * two['base']:.1f}; {two['of_oracle']:.3f} of "
-            f"the oracle; rows equal one expert alone: {two['rows_equal_one_expert_alone']}, one "
-            f"by one: {two['rows_equal_one_by_one']}; recompilations for another number of "
+            f"{100 * two['oracle']:.1f}, base {100 * two['base']:.1f}; "
+            f"{of_oracle} of the oracle; rows equal one expert alone: "
+            f"{two['rows_equal_one_expert_alone']}, one by one: {two['rows_equal_one_by_one']}; "
+            f"recompilations for another number of "
             f"experts: {two['recompiles_for_a_new_expert']}"
         )
     cost = summary["cost"]
@@ -239,7 +247,9 @@ def main(args: Args) -> None:
     if len(made.tasks) < 2:
         raise ValueError("A mixed domain needs two domains.")
     sets = sets_of(made, args)
-    config = {**runs.plain(args), "base_sha256": made.model.checkpoint.sha256}
+    model.check_length(made.model.decoder.spec, sets["plain"].plain.tokens.shape[1], NEW)
+    given = {"experts_sha256": problem.experts_sha256(args.experts)}
+    config = {**runs.plain(args), "base_sha256": made.model.checkpoint.sha256, **given}
     with runs.opened(args.out, config, resume=args.resume, replace=args.replace) as run:
         z = train(run, args, made) if z is None else z
         summary = run_all(run, args, made, sets, z)

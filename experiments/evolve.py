@@ -306,7 +306,7 @@ def train(args: Train | Sweep) -> int:
             "trained them, and they left no checkpoints here; --cache None trains everything"
         )
     print(f"report: {done / 'search_report.json'}")
-    return 0 if report.ranked(built) else 1
+    return 0 if any(c["best_score"] is not None for c in built["candidates"]) else 1
 
 
 def evaluation(run: runs.Run, cache: programs.Cache, setup: Setup) -> search.Evaluate:

@@ -29,7 +29,7 @@ from experiments import run as runs
 from experiments import sandbox
 from experiments.data.batches import pad, prompt_rows
 from experiments.data.exams import NAMES, Choice, Exam, Written, load_exam
-from experiments.problem import CACHE, run_settings
+from experiments.problem import CACHE, experts_sha256, run_settings
 from forge_jax import adapt, svf
 from forge_jax.models import LogLikelihood, Questions, Respond
 from interop import load_phase8
@@ -103,8 +103,10 @@ def candidates(
     return {name: parameters for name, parameters in found if name in chosen}
 
 
-def groups(prompts: Sequence[list[int]], size: int) -> Iterator[tuple[np.ndarray, int]]:
+def groups(prompts: Sequence[list[int]], size: int, most: int) -> Iterator[tuple[np.ndarray, int]]:
     """Questions of like length together: (indices, padded length), each group of `size` rows.
+
+    Lengths are rounded up, to `most` at most.
 
     The last group repeats a question, so that a shape is compiled once.
     """
@@ -112,7 +114,7 @@ def groups(prompts: Sequence[list[int]], size: int) -> Iterator[tuple[np.ndarray
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         longest = max(len(prompts[i]) for i in chosen)
-        yield np.resize(chosen, size), -(-longest // STEP) * STEP
+        yield np.resize(chosen, size), min(-(-longest // STEP) * STEP, most)
 
 
 def sit_choice(made: models.Model, params, exam: Exam, rows: int) -> np.ndarray:
@@ -120,10 +122,10 @@ def sit_choice(made: models.Model, params, exam: Exam, rows: int) -> np.ndarray:
     asked = [(q.prompt, o) for q in exam.questions if isinstance(q, Choice) for o in q.options]
     prompts = prompt_rows(made.tokenizer, [p for p, _ in asked], made.bos)
     options = prompt_rows(made.tokenizer, [o for _, o in asked], None)
-    models.check_length(made.decoder.spec, max(map(len, prompts)), max(map(len, options)))
-    width = -(-max(map(len, options)) // 8) * 8
+    spec, width = made.decoder.spec, max(map(len, options))
+    models.check_length(spec, max(map(len, prompts)), width)
     logp = np.zeros(len(asked))
-    for chosen, length in groups(prompts, rows):
+    for chosen, length in groups(prompts, rows, spec.max_position_embeddings - width):
         asked_for: Any = pad([prompts[i] for i in chosen], length, 0, left=True)
         offered: Any = pad([options[i] for i in chosen], width, 0, left=False)
         batch = Questions(*asked_for, *offered)
@@ -142,7 +144,8 @@ def sit_written(made: models.Model, params, exam: Exam, rows: int) -> np.ndarray
     prompts = prompt_rows(made.tokenizer, [q.prompt for q in exam.questions], made.bos)
     models.check_length(made.decoder.spec, max(map(len, prompts)), exam.new_tokens)
     written = [""] * len(prompts)
-    for chosen, length in groups(prompts, rows):
+    most = made.decoder.spec.max_position_embeddings - exam.new_tokens
+    for chosen, length in groups(prompts, rows, most):
         rows_of: Any = pad([prompts[i] for i in chosen], length, 0, left=True)
         batch = Questions(*rows_of, *(x[:, :0] for x in rows_of))
         out = respond(made.decoder, exam.new_tokens, made.stops, params, batch)
@@ -216,7 +219,8 @@ def main(args: Args) -> None:
     theirs = run_settings(args.adapted) if args.adapted else {"select": "both", "max_full": None}
     path = args.checkpoint or models.smollm2()
     made, weights = models.load(path, theirs["select"], CACHE, theirs["max_full"])
-    config = {**runs.plain(args), "base_sha256": made.checkpoint.sha256}
+    given = {"experts_sha256": experts_sha256(args.adapted)}
+    config = {**runs.plain(args), "base_sha256": made.checkpoint.sha256, **given}
     asked = candidates(args, made, weights)
     right: dict[str, dict[str, list[bool]]] = {exam.name: {} for exam in exams}
     with runs.opened(args.out, config, resume=args.resume, replace=args.replace) as run:

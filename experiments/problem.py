@@ -14,6 +14,7 @@ from experiments.data.tasks import Task, first, load_tasks
 from experiments.files import read_json
 from experiments.scoring import Mixtures, Score, make_params_scorer, make_scorer
 from forge_jax import parallel
+from interop.formats import sha256_file
 
 CACHE = Path(".cache/svd")
 """where decompositions are kept, unless told otherwise"""
@@ -104,6 +105,11 @@ def run_settings(folder: Path) -> dict[str, Any]:
     if lacking := [name for name in names if name not in found]:
         raise ValueError(f"{folder} is no phase7 run: its config.json lacks {', '.join(lacking)}.")
     return {name: found[name] for name in names}
+
+
+def experts_sha256(folder: Path | None) -> str | None:
+    """What names the experts in a run directory: the digest of its manifest, which has theirs."""
+    return None if folder is None else sha256_file(folder / "manifest.json")
 
 
 def stacked(experts: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:

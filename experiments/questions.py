@@ -202,8 +202,9 @@ def questions(problem: Problem, items: Sequence[Item], length: int) -> Questions
     """
     model = problem.model
     check_length(model.decoder.spec, length, problem.new_tokens)
-    answers = problem.tasks[0].batches["test"].answers  # of all tasks the same length
-    eos = model.eos if (answers == model.eos).any() else None
+    first = problem.tasks[0].batches["test"]
+    answers, answer_mask = first.answers, first.answer_mask  # of all tasks the same length
+    eos = model.eos if ((answers == model.eos) & answer_mask).any() else None
     lengths = {"prompt_length": length, "answer_length": answers.shape[1]}
     batch = encode(model.tokenizer, items, bos=model.bos, eos=eos, **lengths)
     seen, answers = images(problem.weights, batch), batch.answers

@@ -66,7 +66,7 @@ def accuracy(
             "two_pass": share(own.answer.tokens),
             "oracle": share(oracle),
             "base": share(by(np.full_like(asked.label, adapt.BASE), asked)),
-            "of_oracle": share(own.answer.tokens) / max(share(oracle), 1e-9),
+            "of_oracle": share(own.answer.tokens) / share(oracle) if share(oracle) else None,
             "dispatched_right": float((np.asarray(own.choice.expert) == asked.label).mean()),
             "rows_equal_one_expert_alone": bool(
                 (np.stack(each)[asked.label, np.arange(len(asked.label))] == oracle).all()

@@ -106,7 +106,8 @@ def main(args: Args) -> None:
     if not (args.resume or args.replace):
         runs.refuse_existing(args.out)
     made, found = load(args)
-    config = {**runs.plain(args), "base_sha256": made.model.checkpoint.sha256}
+    given = {"experts_sha256": problem.experts_sha256(args.experts)}
+    config = {**runs.plain(args), "base_sha256": made.model.checkpoint.sha256, **given}
     with runs.opened(args.out, config, resume=args.resume, replace=args.replace) as run:
         rows = {}
         for task in made.tasks:

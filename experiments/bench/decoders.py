@@ -1,8 +1,9 @@
 """Random decoders for the races, with experts, and the same weights in torch.
 
-The public way of Transformer-Squared (arXiv 2501.06252) puts rebuilt weights U diag(s z) Vt into
-a model of transformers, one candidate after another, and so does `rebuild` here; its renormalising
-scalar is left out on both sides. The same algebra in torch is the same model with `Factored` in
+The public way of Transformer-Squared (arXiv 2501.06252) rebuilds U diag(s z) Vt for one candidate
+after another, with `rebuild` here. The published code renormalises by a scalar, left out on both
+sides, adapts the MLP's matrices alone, and hands the weights to vLLM, whose place transformers'
+model takes, without a reload. The same algebra in torch is the same model with `Factored` in
 place of its linear layers.
 """
 
@@ -175,19 +176,22 @@ def to_torch(tree: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {k: torch.tensor(np.asarray(v), device=DEVICE) for k, v in tree.items()}
 
 
-def decoder_work(case: Case, rows: int, time: int, *, factored: bool, passes: int = 1) -> Work:
+def decoder_work(
+    case: Case, rows: int, time: int, *, factored: bool, passes: int = 1, logits: int | None = None
+) -> Work:
     """Count the products of a forward pass over `rows` x `time` tokens, and its weights.
 
     2 r (m + n) flops a token and matrix where factored, else 2 m n; attention over all pairs of
-    positions; the logits. The weights move once for each of `passes`.
+    positions; `logits` of each row, or all. The weights move once for each of `passes`.
     """
     numbers = 0.0
     for _, leaf in svf.named_factors(case.factors):
         m, n, r = leaf.u.shape[0], leaf.vt.shape[1], leaf.s.shape[0]
         numbers += r * (m + n) if factored else m * n
     spec = case.spec
-    numbers += spec.hidden_size * spec.vocab_size
+    head = spec.hidden_size * spec.vocab_size
     width = spec.num_attention_heads * spec.head_dim
-    flops = 2 * numbers * rows * time + 4 * spec.num_hidden_layers * rows * time**2 * width
+    flops = 2 * rows * (numbers * time + head * (time if logits is None else logits))
+    flops += 4 * spec.num_hidden_layers * rows * time**2 * width
     itemsize = jax.tree.leaves(case.params)[0].dtype.itemsize
-    return Work(flops, itemsize * numbers * passes)
+    return Work(flops, itemsize * (numbers + head) * passes)

@@ -1,18 +1,20 @@
-"""Race the fitness of few-shot adaptation on a real model: 32 mixtures, ten shots.
+"""Race the fitness of few-shot adaptation on a real model: 32 mixtures of experts, ten shots.
 
     python -m experiments.bench.few_shot runs/bench --experts runs/demo
 
-Model, experts, mixed domain and shots are those of `experiments.adapt` on that run; the mixtures
-are the base, every expert, the uniform one and random ones, as in the search's first generation.
+Model, experts, mixed domain and shots are those of `experiments.adapt` on that run, padded to their
+own longest; the mixtures are the base, every expert, the uniform one and random ones in [0, 1].
 Fitness is which answers are right as a whole. The public way rebuilds every matrix of a candidate
-and generates its answers. Ours asks whether each token of the answer has the largest logit given
-those before it, which is the same (`models.Judge`), and the race ends where it is not. "Judged" are
-the contenders in torch that ask so too: what is left is then the rebuilding alone.
+and generates, here up to the longest answer. Ours asks whether each token of the answer has the
+largest logit given those before it (`models.Judge`), which is the same where the answer must be
+exact, and the race ends where it is not; it cannot replace free text from which a number is read.
+"Judged" rebuilds too and asks as ours does: what is left between the two is the rebuilding, one
+batch for all in place of one for each, and the compiler.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ import torch
 import tyro
 
 from experiments import adapt
+from experiments import run as runs
 from experiments.bench import decoders, race
 from experiments.bench.population import Ask, folded, one_by_one
 from experiments.bench.race import OURS, PUBLIC, TORCH
@@ -30,15 +33,17 @@ from experiments.shots import mixed_domain
 from forge_jax import search, svf
 from forge_jax.models import Judge, Questions
 
-JUDGED = "public way, judged"
+JUDGED, NO_DIAGONAL = "public way, judged", "public way, judged, no diagonal matrix"
+EXPERTS = Path("runs/demo")
+"""what `make demo` writes"""
 FLOOR = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(race.Args):
-    experts: Path = Path("runs/demo")
-    """directory of a phase7 run, which `make demo` writes"""
-    base: str = "nano"
+    experts: Path = EXPERTS
+    """directory of a phase7 run"""
+    base: Literal["nano", "smollm2"] = "nano"
     """nano or smollm2: the base of that run"""
     population: int = 32
     shots: int = 10
@@ -52,19 +57,33 @@ def case_of(problem: Problem, experts: dict[str, np.ndarray]) -> decoders.Case:
 
 
 def shots_of(problem: Problem, count: int) -> Questions:
-    """The first mixed domain's shots; answers as long as the longest of them."""
+    """The first mixed domain's shots; answers as long as the longest of them.
+
+    Raises:
+      ValueError: there are no shots, no second domain, or images, which no side here is given.
+    """
+    if count < 1 or len(problem.tasks) < 2:
+        given = f"{count} of {len(problem.tasks)}"
+        raise ValueError(f"Wanted at least one shot of two or more domains, got {given}.")
     _, items, _ = mixed_domain(problem, 0, count, 2)
+    if problem.model.image_token is not None and any(item.image is not None for item in items):
+        raise ValueError("The first two domains of the run must be without images.")
     batch = questions(problem, items, longest(problem, [item.prompt for item in items]))
     longest_answer = int(batch.answer_mask.sum(axis=1).max())
     return batch._replace(
         answers=batch.answers[:, :longest_answer],
         answer_mask=batch.answer_mask[:, :longest_answer],
-        images=None,  # the first two domains have none, and the model of transformers takes none
+        images=None,
     )
 
 
 def mixtures(count: int, experts: int) -> np.ndarray:
-    """The base, every expert, the uniform mixture, and others drawn from [0, 1]."""
+    """The base, every expert, the uniform mixture, and others drawn from [0, 1].
+
+    Raises:
+      ValueError: there are fewer than those named.
+    """
+    adapt.adapt.FewShot(population=count).check(experts)
     named = [np.zeros((1, experts)), np.eye(experts), np.full((1, experts), 1 / experts)]
     drawn = np.random.default_rng(2).uniform(0, 1, (count, experts))
     return np.concatenate([*named, drawn])[:count].astype(np.float32)
@@ -140,17 +159,18 @@ def judging(shots: Tensors) -> Ask:
 
 
 def work(case: decoders.Case, shots: Questions, population: int) -> race.Work:
-    """Count the products of the form that `evaluate_population` takes."""
-    rows, length = len(shots.tokens), shots.tokens.shape[1] + shots.answers.shape[1]
+    """Count the products of the form that `evaluate_population` takes; mixing is not counted."""
+    rows, answer = shots.answers.shape
+    length = shots.tokens.shape[1] + answer
     experts: Any = case.experts
     form = search.cheaper_form(case.factors, experts, rows * length, population)
-    return decoders.decoder_work(case, population * rows, length, factored=form == "factored")
+    given = {"factored": form == "factored", "logits": answer}
+    return decoders.decoder_work(case, population * rows, length - 1, **given)
 
 
-def make(problem: Problem, experts: dict[str, np.ndarray], args: Args, dtype: str) -> race.Race:
-    """The race on one run's experts."""
+def make(problem: Problem, experts: dict[str, np.ndarray], args: Args) -> race.Race:
+    """The race on one run's experts, in float32 on both sides."""
     case, shots = case_of(problem, experts), shots_of(problem, args.shots)
-    cased = decoders.cast(case, dtype)
     alpha = mixtures(args.population, len(problem.tasks))
     theirs, first = in_torch(shots), ours(case, shots, alpha)
     generate, judge = generating(theirs, problem.model.stops), judging(theirs)
@@ -158,6 +178,7 @@ def make(problem: Problem, experts: dict[str, np.ndarray], args: Args, dtype: st
         OURS: first,
         PUBLIC: one_by_one(case, alpha, generate, diagonal=True),
         JUDGED: one_by_one(case, alpha, judge, diagonal=True),
+        NO_DIAGONAL: one_by_one(case, alpha, judge, diagonal=False),
         TORCH: folded(case, alpha, len(shots.tokens), judge),
     }
     right = np.asarray(first.outcome())
@@ -166,13 +187,15 @@ def make(problem: Problem, experts: dict[str, np.ndarray], args: Args, dtype: st
         name=f"few_shot_{spec.hidden_size}",
         title=(
             f"{args.population} mixtures of {len(problem.tasks)} experts of {args.base}, which of "
-            f"{args.shots} answers of a mixed domain are right"
+            f"{args.shots} answers are right: generated the public way, judged by ours"
         ),
         settings={
             "hidden": spec.hidden_size,
             "layers": spec.num_hidden_layers,
             "population": args.population,
             "experts": len(problem.tasks),
+            "base_sha256": problem.model.checkpoint.sha256[:12],
+            "domain": "+".join(task.name for task in problem.tasks[:2]),
             "shots": args.shots,
             "prompt_tokens": shots.tokens.shape[1],
             "answer_tokens": shots.answers.shape[1],
@@ -181,19 +204,19 @@ def make(problem: Problem, experts: dict[str, np.ndarray], args: Args, dtype: st
         difference=race.unequal,
         tolerance=0.0,
         floors={PUBLIC: FLOOR},
-        work=work(cased, shots, args.population),
+        work=work(case, shots, args.population),
         unit="population",
-        timed=None if dtype == "float32" else ours(cased, shots, alpha),
         summary=lambda: {"answers right, share of all": float(right.mean())},
     )
 
 
+@runs.clean_errors()
 def main(args: Args) -> None:
     """Race on the experts of a run."""
     loading = adapt.PRESETS[args.base][1]
     problem, experts = adapt.load(dataclasses.replace(loading, experts=args.experts))
     assert experts is not None
-    race.command(args, lambda dtype: iter([make(problem, experts, args, dtype)]))
+    race.command(args, lambda dtype: iter([make(problem, experts, args)]))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ How to read it:
 - A time is the median over the rounds. A ratio is the median of the rounds' own ratios, each round
   timing every side once: it need not be the quotient of two medians.
 - "Public way" is that of Transformer-Squared's published code, U diag(s z) Vᵀ built anew for every
-  candidate, in transformers' model. "Same algebra in torch" is our factored form in that model:
-  against it, what is left is the compiler and not the formula.
+  candidate, in transformers' model where that code has vLLM, and without reloading it; all matrices
+  of attention and MLP are adapted, where that code adapts the MLP's. "Same algebra in torch" is
+  our factored form in that model: against it, what is left is the compiler and not the formula.
 - Compilation is not in the times and has its own column. Held is what stays from run to run
   (weights, factors, states), temporary what XLA allots beside it; torch does not tell.
 - The ceilings are the rates that this machine reaches on one large product and one large copy.
@@ -48,8 +49,9 @@ How to read it:
 - torch runs as many threads as JAX, without `torch.compile`. The race of NSGA-II needs pymoo, which
   comes with the `dev` extra, and few_shot the experts of `make demo`.
 - few_shot is the fitness of few-shot adaptation on real shots: the public way generates the
-  answers, ours judges them in one pass and finds the same ones right. population_few_shot is the
-  loss of random decoders at other widths.
+  answers, up to the longest, ours judges them in one pass and finds the same ones right, which is
+  possible where an answer must be exact. population_few_shot is the loss of random decoders at
+  other widths.
 """
 
 

@@ -71,6 +71,11 @@ class FewShot:
 
     def check(self, experts: int) -> None:
         """Raise a ValueError for settings that so many experts cannot be searched with."""
+        if not (self.upper > 0 and self.std > 0 and 0 < self.elite_ratio <= 1):
+            raise ValueError(
+                "Wanted `upper` and `std` above 0 and `elite_ratio` in (0, 1], got "
+                f"{self.upper}, {self.std}, {self.elite_ratio}."
+            )
         if self.population < experts + 2 or self.generations < 1:
             raise ValueError(
                 f"Wanted at least 1 generation and a population of {experts + 2}, for the base, "

@@ -145,5 +145,8 @@ def test_refuses_no_shots_and_a_population_without_its_references(known):
     few = adapt.FewShot(population=3)
     with pytest.raises(ValueError, match="population of 4"):
         few(jax.random.key(0), *known, near, Plain(jnp.zeros(1)))
+    for wrong in ({"elite_ratio": 0.0}, {"std": 0.0}, {"upper": -1.0}):
+        with pytest.raises(ValueError, match="`upper` and `std` above 0"):
+            adapt.FewShot(**wrong).check(2)
     with pytest.raises(ValueError, match="groups"):
         adapt.FewShot(groups="row").index(["a"])  # pyright: ignore[reportArgumentType]

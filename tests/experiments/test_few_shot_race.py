@@ -23,7 +23,7 @@ def drawn(problem):
     """Two experts around one, far enough apart to write other things than the base."""
     rng = np.random.default_rng(0)
     factors = few_shot.svf.named_factors(problem.weights["factors"])
-    return {path: rng.uniform(0.2, 1.8, (2, len(f.s))).astype(np.float32) for path, f in factors}
+    return {path: rng.uniform(0.5, 1.5, (2, len(f.s))).astype(np.float32) for path, f in factors}
 
 
 @pytest.fixture
@@ -42,15 +42,19 @@ def written(problem, monkeypatch):
 @pytest.fixture
 def made(problem, written):
     """A race in which some answers are right."""
-    return few_shot.make(problem, drawn(problem), ARGS, "float32")
+    return few_shot.make(problem, drawn(problem), ARGS)
 
 
 def test_every_side_finds_the_same_answers_right(made):
-    assert race.check(made) == dict.fromkeys((race.PUBLIC, few_shot.JUDGED, race.TORCH), 0.0)
+    others = (race.PUBLIC, few_shot.JUDGED, few_shot.NO_DIAGONAL, race.TORCH)
+    assert race.check(made) == dict.fromkeys(others, 0.0)
     right = made.entries[race.OURS].outcome()
     assert right.shape == (7, 4)
     assert right[0].all()  # the base
-    assert not right.all()
+    assert right[1:].any()
+    assert not right[1:].all()
+    assert made.work is not None
+    assert made.work.flops > 0
 
 
 @pytest.mark.parametrize("side", [race.PUBLIC, few_shot.JUDGED, race.TORCH])
@@ -77,6 +81,11 @@ def test_the_shots_are_trimmed_and_the_mixtures_named(problem):
     shots = few_shot.shots_of(problem, 4)
     assert shots.images is None
     assert shots.answer_mask.sum(axis=1).max() == shots.answers.shape[1]
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="at least one shot"):
+            few_shot.shots_of(problem, count)
+    with pytest.raises(ValueError, match="population of 4"):
+        few_shot.mixtures(3, 2)
     alpha = few_shot.mixtures(7, 2)
     np.testing.assert_allclose(alpha[:4], [[0, 0], [1, 0], [0, 1], [0.5, 0.5]])
     assert ((alpha >= 0) & (alpha <= 1)).all()

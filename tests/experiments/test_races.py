@@ -341,11 +341,16 @@ def test_one_command_runs_every_module(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: calls.append(command))
     write_json(tmp_path / "x.json", measured("scored"))
+    monkeypatch.setattr(every.few_shot, "EXPERTS", tmp_path)
     every.main(every.Args(tmp_path, rounds=3))
     assert [c[2].rpartition(".")[2] for c in calls] == list(every.MODULES)
     assert all(c[3:] == [str(tmp_path), "--rounds", "3", "--dtype", "float32"] for c in calls)
     assert (tmp_path / "performance.md").exists()
     assert race.PUBLIC in capsys.readouterr().out
+    monkeypatch.setattr(every.few_shot, "EXPERTS", tmp_path / "absent")
+    every.main(every.Args(tmp_path, only=("few_shot",)))
+    assert len(calls) == len(every.MODULES)
+    assert "few_shot is left out: `make demo` writes" in capsys.readouterr().out
     with pytest.raises(ValueError, match="`only` must be among"):
         every.main(every.Args(tmp_path, only=("nonsense",)))
 
