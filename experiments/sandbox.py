@@ -44,6 +44,12 @@ while [ "$1" != "--" ]; do
         mkdir -p ".$1"
         mount --rbind "$1" ".$1"
         mount -o remount,bind,ro,nosuid ".$1"
+        # that was the topmost; what was mounted below it came along as it was
+        while read -r _ _ _ _ point _; do
+            case "$point" in
+                "$(pwd -P)$1"/*) mount -o remount,bind,ro,nosuid "$point" ;;
+            esac
+        done < /proc/self/mountinfo
     fi
     shift
 done

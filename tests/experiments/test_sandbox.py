@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -159,3 +162,27 @@ def test_without_isolation_nothing_is_run(monkeypatch):
     monkeypatch.setattr(sandbox, "_run", lambda *_: pytest.fail("it was run"))
     with pytest.raises(ValueError, match="not run here"):
         sandbox.passes("print(1)", "assert True")
+
+
+BELOW = """
+import sys
+from experiments import sandbox
+own = sandbox.shown()
+sandbox.shown = lambda: [*own, sys.argv[1]]
+print(sandbox.run(f"print(open('{sys.argv[1]}/below/x').read())").output)
+print(sandbox.run(f"open('{sys.argv[1]}/below/y', 'w')").output)
+"""
+
+
+@isolated
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system for the test")
+def test_what_is_mounted_below_a_shown_directory_is_read_only_too():
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # /tmp is the program's own
+        os.chmod(folder, 0o755)
+        mounted = 'mkdir "$1/below" && mount -t tmpfs -o mode=777 none "$1/below" && '
+        mounted += 'echo seen > "$1/below/x" && exec "$0" -c "$2" "$1"'
+        command = ["unshare", "--mount", "sh", "-c", mounted, sys.executable, folder, BELOW]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.startswith("seen\n")
+        assert "Read-only file system" in ran.stdout
