@@ -53,6 +53,13 @@ def said_by(names: Sequence[str], alpha: np.ndarray) -> str:
     return " + ".join(name if a > 0.99 else f"{a:.2f} {name}" for name, a in known)
 
 
+def timed(function: Callable[..., Any], *args) -> tuple[Any, float]:
+    """What a compiled function returns, and the seconds that it took."""
+    began = time.perf_counter()
+    out = jax.block_until_ready(function(*args))
+    return out, time.perf_counter() - began
+
+
 def make_reply(
     problem: Problem, experts, head: adapt.ClassifierDispatch, mix: bool = False
 ) -> Callable[[str], Reply]:
@@ -83,11 +90,6 @@ def make_reply(
             stop_tokens=model.stops,
             temperature=0.0,
         )
-
-    def timed(function: Callable[..., Any], *args) -> tuple[Any, float]:
-        began = time.perf_counter()
-        out = jax.block_until_ready(function(*args))
-        return out, time.perf_counter() - began
 
     programs: dict[int, tuple[Any, Any]] = {}
 

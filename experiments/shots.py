@@ -1,7 +1,6 @@
 """Few-shot adaptation to a mixed domain, against the uniform mixture and the best single expert."""
 
 import itertools
-from functools import partial
 from typing import Any
 
 import jax
@@ -74,25 +73,24 @@ def few_shot(
     def find(key, factors, experts, batch: Questions) -> adapt.Found:
         return search_of(key, adapted, factors, experts, score, batch)
 
+    def tested(found: adapt.Found, single: int, batch: Questions) -> dict[str, float]:
+        groups = found.alpha.shape[0]
+        alphas = {
+            "found": found.alpha,
+            "uniform": jnp.full((groups, count), 1 / count),
+            "single": jnp.zeros((groups, count)).at[:, single].set(1.0),
+            "base": jnp.zeros((groups, count)),
+        }
+        by_path = search_of.by_path(jnp.stack(list(alphas.values())), paths)
+        judged = search.evaluate_population(adapted, factors, experts, by_path, score, batch)
+        right = np.asarray(judged.correct).mean(axis=1)
+        return dict(zip(alphas, right.tolist(), strict=True))
+
     rows = []
     for seed, (name, given, held_out) in zip(seeds, drawn, strict=True):
         found = find(jax.random.key(seed), factors, experts, questions(problem, given, length))
         order = np.lexsort((np.asarray(found.single.logp), np.asarray(found.single.accuracy)))
         single = int(order[-1])
-        groups = found.alpha.shape[0]
-        alphas = jnp.stack(
-            [
-                found.alpha,
-                jnp.full((groups, count), 1 / count),
-                jnp.zeros((groups, count)).at[:, single].set(1.0),
-                jnp.zeros((groups, count)),
-            ]
-        )
-        batch = questions(problem, held_out, length)
-        population = partial(search.evaluate_population, adapted, factors, experts)
-        judged = population(search_of.by_path(alphas, paths), score, batch)
-        right = np.asarray(judged.correct).mean(axis=1)
-        accuracy = dict(zip(("found", "uniform", "single", "base"), right.tolist(), strict=True))
         rows.append(
             {
                 "seed": seed,
@@ -100,7 +98,7 @@ def few_shot(
                 "single": problem.tasks[single].name,
                 "alpha": np.asarray(found.alpha.mean(axis=0)).tolist(),
                 "shots": float(found.best.accuracy),
-                "test": accuracy,
+                "test": tested(found, single, questions(problem, held_out, length)),
             }
         )
     differences = {
