@@ -206,11 +206,10 @@ def show(summary: dict[str, Any]) -> None:
         of_oracle = "no share" if share is None else f"{share:.3f}"
         print(
             f"two passes ({summary['way']}), {name}: {100 * two['two_pass']:.1f} %, oracle "
-            f"{100 * two['oracle']:.1f}, base {100 * two['base']:.1f}; "
-            f"{of_oracle} of the oracle; rows equal one expert alone: "
-            f"{two['rows_equal_one_expert_alone']}, one by one: {two['rows_equal_one_by_one']}; "
-            f"recompilations for another number of "
-            f"experts: {two['recompiles_for_a_new_expert']}"
+            f"{100 * two['oracle']:.1f}, base {100 * two['base']:.1f}; {of_oracle} of the oracle; "
+            f"rows equal one expert alone: {two['rows_equal_one_expert_alone']}, one by one: "
+            f"{two['rows_equal_one_by_one']}; recompilations for another number of experts: "
+            f"{two['recompiles_for_a_new_expert']}"
         )
     cost = summary["cost"]
     print(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from experiments.bench.race import Work
 from forge_jax import svf
@@ -150,15 +151,23 @@ def rebuild(matrix: Matrix, z: torch.Tensor, *, diagonal: bool = True) -> torch.
     return (matrix.vt.T * s) @ matrix.u.T
 
 
-class Factored(torch.nn.Module):
-    """y = ((x U) * s) Vt; s is set from outside, (r,) or (rows, 1, r)."""
+def put(model: Any, matrix: Matrix, weight: torch.Tensor) -> None:
+    """Write a weight (outputs, inputs) into its layer; GPT-2's layers keep the transpose."""
+    layer = model.get_submodule(matrix.module)
+    layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight)
 
-    def __init__(self, matrix: Matrix):
+
+class Factored(torch.nn.Module):
+    """y = ((x U) * s) Vt + bias; s is set from outside, (r,) or (rows, 1, r)."""
+
+    def __init__(self, matrix: Matrix, bias: torch.Tensor | None):
         super().__init__()
         self.u, self.s, self.vt = matrix[1:]
+        self.bias = bias
 
     def forward(self, x):
-        return ((x @ self.u) * self.s) @ self.vt
+        y = ((x @ self.u) * self.s) @ self.vt
+        return y if self.bias is None else y + self.bias
 
 
 def factored_model(case: Case) -> tuple[Any, dict[str, Factored]]:
@@ -166,7 +175,7 @@ def factored_model(case: Case) -> tuple[Any, dict[str, Factored]]:
     model, layers = torch_model(case.spec, case.params), {}
     for path, matrix in torch_matrices(case).items():
         parent, _, last = matrix.module.rpartition(".")
-        layers[path] = Factored(matrix)
+        layers[path] = Factored(matrix, model.get_submodule(matrix.module).bias)
         setattr(model.get_submodule(parent), last, layers[path])
     return model, layers
 

@@ -31,6 +31,7 @@ from experiments.problem import Problem
 from experiments.questions import longest, questions
 from experiments.shots import mixed_domain
 from forge_jax import search, svf
+from forge_jax.adapt import FewShot
 from forge_jax.models import Judge, Questions
 
 JUDGED, NO_DIAGONAL = "public way, judged", "public way, judged, no diagonal matrix"
@@ -44,7 +45,7 @@ class Args(race.Args):
     experts: Path = EXPERTS
     """directory of a phase7 run"""
     base: Literal["nano", "smollm2"] = "nano"
-    """nano or smollm2: the base of that run"""
+    """of that run"""
     population: int = 32
     shots: int = 10
 
@@ -83,7 +84,7 @@ def mixtures(count: int, experts: int) -> np.ndarray:
     Raises:
       ValueError: there are fewer than those named.
     """
-    adapt.adapt.FewShot(population=count).check(experts)
+    FewShot(population=count).check(experts)
     named = [np.zeros((1, experts)), np.eye(experts), np.full((1, experts), 1 / experts)]
     drawn = np.random.default_rng(2).uniform(0, 1, (count, experts))
     return np.concatenate([*named, drawn])[:count].astype(np.float32)

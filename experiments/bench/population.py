@@ -8,7 +8,7 @@ The public way rebuilds every matrix for every candidate and runs the model on i
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,14 @@ class Shape:
     new_tokens: int = 0
     """0 where the tokens are scored; else they are continued"""
     vocab: int = 2048
+    family: Literal["llama", "gpt2"] = "llama"
 
 
 FULL = (
     (Shape(256, 6, 50), {PUBLIC: 12.0, TORCH: 1.5}),
     (Shape(768, 2, 16), {PUBLIC: 15.0, TORCH: 0.95}),
+    # matrices that are fused, and an MLP of two
+    (Shape(256, 6, 50, family="gpt2"), {PUBLIC: 12.0, TORCH: 1.5}),
     (Shape(256, 6, 16, rows=4, new_tokens=16), {PUBLIC: 5.0}),
     # as many losses as one generation of few-shot adaptation takes on ten shots, at the width of
     # SmolLM2-135M, of GPT-2 and the other races, and of Qwen2-1.5B
@@ -116,8 +119,7 @@ def one_by_one(case: decoders.Case, alpha, ask: Ask, *, diagonal: bool) -> race.
     def candidate(a):
         for path, matrix in matrices.items():
             z = 1 + a @ (experts[path] - 1)
-            weight = model.get_submodule(matrix.module).weight
-            weight.copy_(decoders.rebuild(matrix, z, diagonal=diagonal))
+            decoders.put(model, matrix, decoders.rebuild(matrix, z, diagonal=diagonal))
         return ask(model, 1)[0]
 
     @torch.no_grad()
@@ -168,9 +170,10 @@ def title(shape: Shape) -> str:
 
 
 def name(shape: Shape) -> str:
-    """What is raced, and the width."""
+    """What is raced, the family if it is not Llama's, and the width."""
     what = "generation" if shape.new_tokens else "few_shot" if shape.rows > 1 else "scoring"
-    return f"population_{what}_{shape.hidden}"
+    family = "_gpt2" * (shape.family == "gpt2")
+    return f"population_{what}{family}_{shape.hidden}"
 
 
 def work(case: decoders.Case, shape: Shape) -> race.Work:
@@ -188,7 +191,8 @@ def work(case: decoders.Case, shape: Shape) -> race.Work:
 
 def make(shape: Shape, floors: dict[str, float], dtype: str) -> race.Race:
     """One race of this module."""
-    spec = decoders.llama_spec(shape.hidden, shape.layers, shape.vocab)
+    make_spec = decoders.gpt2_spec if shape.family == "gpt2" else decoders.llama_spec
+    spec = make_spec(shape.hidden, shape.layers, shape.vocab)
     case = decoders.make_case(spec, shape.experts)
     cased = decoders.cast(case, dtype)
     tokens = decoders.tokens_of(spec, shape.rows, shape.tokens)

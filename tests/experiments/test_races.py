@@ -55,6 +55,9 @@ COGNATE = cognate_step.Shape(
 )
 MAKERS = {
     "scored": lambda: population.make(SCORED, {race.PUBLIC: EASY, race.TORCH: HARD}, "float32"),
+    "scored_gpt2": lambda: population.make(
+        dataclasses.replace(SCORED, family="gpt2"), {race.PUBLIC: EASY}, "float32"
+    ),
     "generated": lambda: population.make(
         population.Shape(16, 1, 2, experts=2, rows=2, tokens=4, new_tokens=3, vocab=23),
         {race.PUBLIC: EASY},
@@ -188,6 +191,7 @@ def scaled(function):
     ("name", "side"),
     [
         *(("scored", side) for side in (race.PUBLIC, race.TORCH)),
+        *(("scored_gpt2", side) for side in (race.PUBLIC, race.TORCH)),
         *(("rl_step", side) for side in (race.PUBLIC, race.TORCH)),
         *(("experts", side) for side in (race.PUBLIC, race.TORCH)),
         ("rows", race.PUBLIC),
@@ -305,8 +309,9 @@ def test_numbers_and_tables_are_shown():
 
 def test_a_population_race_is_called_after_what_it_does():
     wide = dataclasses.replace(SCORED, hidden=32)
-    shapes = (SCORED, wide, dataclasses.replace(SCORED, rows=2), population.FULL[2][0])
-    wanted = ["scoring_16", "scoring_32", "few_shot_16", "generation_256"]
+    shapes = [SCORED, wide, dataclasses.replace(SCORED, rows=2)]
+    shapes += [s for s, _ in population.FULL if s.new_tokens or s.family == "gpt2"]
+    wanted = ["scoring_16", "scoring_32", "few_shot_16", "scoring_gpt2_256", "generation_256"]
     assert [population.name(shape) for shape in shapes] == [f"population_{x}" for x in wanted]
 
 

@@ -48,6 +48,7 @@ SETTINGS |= {"stop_token": True, "free_tokens": 16, "max_full": None, "reward": 
 
 def load(monkeypatch, folder, checkpoint, experts, sha):
     (folder / "config.json").write_text(json.dumps(SETTINGS))
+    (folder / "manifest.json").write_text("{}")
     monkeypatch.setattr(transfer, "load_phase8", lambda _: given(experts, sha))
     return transfer.load(transfer.Args(experts=folder, to=checkpoint))
 
@@ -97,3 +98,7 @@ def test_a_run_goes_on_where_it_was(made, checkpoint, tmp_path, monkeypatch, cap
     transfer.main(dataclasses.replace(args, resume=True))
     assert json.loads((args.out / "transfer.json").read_text()) == {"bits": row}
     assert "25.0     50.0  25.0 (12.5 to 37.5)" in capsys.readouterr().out
+    (tmp_path / "manifest.json").write_text("{} ")
+    with pytest.raises(SystemExit):
+        transfer.main(dataclasses.replace(args, resume=True))
+    assert "other settings: experts_sha256" in capsys.readouterr().err
