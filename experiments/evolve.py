@@ -306,7 +306,10 @@ def train(args: Train | Sweep) -> int:
             "trained them, and they left no checkpoints here; --cache None trains everything"
         )
     print(f"report: {done / 'search_report.json'}")
-    return 0 if any(c["best_score"] is not None for c in built["candidates"]) else 1
+    if any(c["best_score"] is not None for c in built["candidates"]):
+        return 0
+    print("nothing was trained: every candidate was refused or failed", file=sys.stderr)
+    return 1
 
 
 def evaluation(run: runs.Run, cache: programs.Cache, setup: Setup) -> search.Evaluate:

@@ -14,6 +14,7 @@ from pathlib import Path
 import tyro
 
 from experiments.bench import few_shot, page, race
+from experiments.run import clean_errors
 
 MODULES = (
     *("population", "rl_step", "four_experts", "rows", "generation", "nsga2", "decompose"),
@@ -29,6 +30,7 @@ class Args(race.Args):
     """modules to run; the page has the results of earlier runs too"""
 
 
+@clean_errors()
 def main(args: Args) -> None:
     """Run the modules one after another; the first that fails ends the run."""
     unknown = sorted(set(args.only) - set(MODULES))
@@ -36,7 +38,10 @@ def main(args: Args) -> None:
         raise ValueError(f"`only` must be among {', '.join(MODULES)}, got {', '.join(unknown)}.")
     for name in args.only:
         if name == "few_shot" and not few_shot.EXPERTS.is_dir():
-            print(f"[bench] few_shot is left out: `make demo` writes {few_shot.EXPERTS}")
+            why = f"few_shot needs {few_shot.EXPERTS}, which `make demo` writes"
+            if args.only != MODULES:
+                raise ValueError(f"{why}.")
+            print(f"[bench] left out: {why}")
             continue
         print(f"[bench] {name}", flush=True)
         options = ["--rounds", str(args.rounds), "--dtype", args.dtype]

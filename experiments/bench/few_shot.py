@@ -47,7 +47,14 @@ class Args(race.Args):
     base: Literal["nano", "smollm2"] = "nano"
     """of that run"""
     population: int = 32
+    """mixtures; at least the base, every expert and the uniform one"""
     shots: int = 10
+    """questions of the mixed domain"""
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether the floor is meant for these settings."""
+        return (self.population, self.shots) == (32, 10)
 
 
 def case_of(problem: Problem, experts: dict[str, np.ndarray]) -> decoders.Case:
@@ -64,8 +71,8 @@ def shots_of(problem: Problem, count: int) -> Questions:
       ValueError: there are no shots, no second domain, or images, which no side here is given.
     """
     if count < 1 or len(problem.tasks) < 2:
-        given = f"{count} of {len(problem.tasks)}"
-        raise ValueError(f"Wanted at least one shot of two or more domains, got {given}.")
+        given = f"{count} shots and {len(problem.tasks)} domains"
+        raise ValueError(f"Wanted at least one shot and two domains, got {given}.")
     _, items, _ = mixed_domain(problem, 0, count, 2)
     if problem.model.image_token is not None and any(item.image is not None for item in items):
         raise ValueError("The first two domains of the run must be without images.")
@@ -183,9 +190,10 @@ def make(problem: Problem, experts: dict[str, np.ndarray], args: Args) -> race.R
         TORCH: folded(case, alpha, len(shots.tokens), judge),
     }
     right = np.asarray(first.outcome())
+    kind = "" if args.is_standard else f"{args.population}x{args.shots}_"
     spec = case.spec
     return race.Race(
-        name=f"few_shot_{spec.hidden_size}",
+        name=f"few_shot_{kind}{spec.hidden_size}",
         title=(
             f"{args.population} mixtures of {len(problem.tasks)} experts of {args.base}, which of "
             f"{args.shots} answers are right: generated the public way, judged by ours"
@@ -204,7 +212,7 @@ def make(problem: Problem, experts: dict[str, np.ndarray], args: Args) -> race.R
         entries=entries,
         difference=race.unequal,
         tolerance=0.0,
-        floors={PUBLIC: FLOOR},
+        floors={} if kind else {PUBLIC: FLOOR},
         work=work(case, shots, args.population),
         unit="population",
         summary=lambda: {"answers right, share of all": float(right.mean())},
@@ -215,7 +223,9 @@ def make(problem: Problem, experts: dict[str, np.ndarray], args: Args) -> race.R
 def main(args: Args) -> None:
     """Race on the experts of a run."""
     loading = adapt.PRESETS[args.base][1]
-    problem, experts = adapt.load(dataclasses.replace(loading, experts=args.experts))
+    problem, experts = adapt.load(
+        dataclasses.replace(loading, experts=args.experts, shots=args.shots)
+    )
     assert experts is not None
     race.command(args, lambda dtype: iter([make(problem, experts, args)]))
 

@@ -25,7 +25,9 @@ HEAD = """# Performance
 `python -m experiments.bench.all runs/bench --rounds 3 --page docs/performance.md` runs these races
 and writes this page; one module of them is `python -m experiments.bench.<name> runs/bench` with
 population, rl_step, four_experts, rows, generation, nsga2, decompose or few_shot, and
-`python -m experiments.bench.page runs/bench --page docs/performance.md` writes the page again. The
+`python -m experiments.bench.page runs/bench --page docs/performance.md` writes the page again. A
+race that was run again takes the place of its old result: each states its rounds, and under Machine
+its commit. The
 optimizer's race is in `docs/optimizer.md`, that of architectures `experiments.bench.candidates`.
 
 How to read it:
@@ -50,8 +52,9 @@ How to read it:
   comes with the `dev` extra, and few_shot the experts of `make demo`.
 - few_shot is the fitness of few-shot adaptation on real shots: the public way generates the
   answers, up to the longest, ours judges them in one pass and finds the same ones right, which is
-  possible where an answer must be exact. population_few_shot is the loss of random decoders at
-  other widths.
+  possible where an answer must be exact. At width 576 it is SmolLM2, with `--base smollm2` and the
+  experts that `docs/log.md` names. population_few_shot is the loss of random decoders at other
+  widths. How often ours is faster there depends on width and tokens: decision 66.
 """
 
 

@@ -24,6 +24,7 @@ import torch
 import tyro
 
 from experiments.files import write_json
+from experiments.run import clean_errors
 
 OURS = "forge_jax"
 PUBLIC = "public way"
@@ -346,10 +347,14 @@ def prepare(dtype: str, threads: int | None = None) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@clean_errors()
 def command(
     args: Args, races: Callable[[str], Iterator[Race]], threads: int | None = None
 ) -> dict[str, Any]:
     """Run the races of one module; write `<race>.json` of each, and print its table."""
+    if args.rounds < 1:
+        raise ValueError(f"`--rounds` must be at least 1, got {args.rounds}.")
+    args.out.mkdir(parents=True, exist_ok=True)
     prepare(args.dtype, threads)
     rates = functools.partial(ceilings, dtype=jnp.dtype(args.dtype))
     origin = provenance(args.dtype)  # of the code that runs: the tree may move on meanwhile

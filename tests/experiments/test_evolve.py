@@ -113,7 +113,9 @@ def test_equal_flops_and_an_end_of_training_are_refused(sweep, tmp_path, capsys)
 def test_a_run_in_which_nothing_was_trained_has_failed(sweep, capsys):
     none = dataclasses.replace(sweep, limits=Limits(max_params=1))  # the baseline fails twice
     assert evolve.main(none) == 1
-    assert "3 candidates, 4 failed trainings" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "3 candidates, 4 failed trainings" in said.out
+    assert said.err.endswith("nothing was trained: every candidate was refused or failed\n")
 
 
 def test_a_sweep_writes_what_it_promises(sweep, capsys):
