@@ -74,13 +74,8 @@ def few_shot(
         return search_of(key, adapted, factors, experts, score, batch)
 
     def tested(found: adapt.Found, single: int, batch: Questions) -> dict[str, float]:
-        groups = found.alpha.shape[0]
-        alphas = {
-            "found": found.alpha,
-            "uniform": jnp.full((groups, count), 1 / count),
-            "single": jnp.zeros((groups, count)).at[:, single].set(1.0),
-            "base": jnp.zeros((groups, count)),
-        }
+        base, *alone, uniform = adapt.references(count, len(found.alpha))
+        alphas = {"found": found.alpha, "uniform": uniform, "single": alone[single], "base": base}
         by_path = search_of.by_path(jnp.stack(list(alphas.values())), paths)
         judged = search.evaluate_population(adapted, factors, experts, by_path, score, batch)
         right = np.asarray(judged.correct).mean(axis=1)

@@ -31,7 +31,7 @@ from experiments.problem import Problem
 from experiments.questions import longest, questions
 from experiments.shots import mixed_domain
 from forge_jax import search, svf
-from forge_jax.adapt import FewShot
+from forge_jax.adapt import FewShot, references
 from forge_jax.models import Judge, Questions
 
 JUDGED, NO_DIAGONAL = "public way, judged", "public way, judged, no diagonal matrix"
@@ -92,9 +92,8 @@ def mixtures(count: int, experts: int) -> np.ndarray:
       ValueError: there are fewer than those named.
     """
     FewShot(population=count).check(experts)
-    named = [np.zeros((1, experts)), np.eye(experts), np.full((1, experts), 1 / experts)]
     drawn = np.random.default_rng(2).uniform(0, 1, (count, experts))
-    return np.concatenate([*named, drawn])[:count].astype(np.float32)
+    return np.concatenate([references(experts, 1)[:, 0], drawn])[:count].astype(np.float32)
 
 
 def ours(case: decoders.Case, shots: Questions, alpha) -> race.Contender:

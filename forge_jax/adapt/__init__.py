@@ -14,6 +14,7 @@ from forge_jax.adapt.dispatch import pool as pool
 from forge_jax.adapt.few_shot import FewShot as FewShot
 from forge_jax.adapt.few_shot import Found as Found
 from forge_jax.adapt.few_shot import OnShots as OnShots
+from forge_jax.adapt.few_shot import references as references
 from forge_jax.adapt.serve import Answered as Answered
 from forge_jax.adapt.serve import check_experts as check_experts
 from forge_jax.adapt.serve import two_pass as two_pass

@@ -100,11 +100,11 @@ class FewShot:
         if not count:
             raise ValueError("Few-shot adaptation needs at least one shot, got none.")
         paths = list(experts)
-        references = _references(len(experts[paths[0]]), max(self.index(paths).values()) + 1)
+        named = references(len(experts[paths[0]]), max(self.index(paths).values()) + 1)
         self.check(len(experts[paths[0]]))
-        cem = search.CEM(self.population, references[0], self.elite_ratio)
+        cem = search.CEM(self.population, named[0], self.elite_ratio)
         params = cem.default_params.replace(lower=0.0, upper=self.upper, std_init=self.std)
-        start = cem.init(key, references[-1], params)
+        start = cem.init(key, named[-1], params)
 
         def evaluate(members) -> OnShots:
             alphas = self.by_path(members, paths)
@@ -116,14 +116,14 @@ class FewShot:
         def generation(state, inputs):
             key, number = inputs
             asked, state = cem.ask(key, state, params)
-            first = asked.at[: len(references)].set(references)
+            first = asked.at[: len(named)].set(named)
             members = jnp.where(number == 0, first, asked)
             seen = evaluate(members)
             fitness = _fitness(seen, count)
             state, metrics = cem.tell(key, members, fitness, state, params)
             place = jnp.argmin(fitness)
             top = OnShots(seen.accuracy[place], seen.logp[place])
-            head = OnShots(*(x[: len(references)] for x in seen))
+            head = OnShots(*(x[: len(named)] for x in seen))
             return state, (metrics["best_fitness"], fitness[place], top, head)
 
         inputs = (jax.random.split(key, self.generations), jnp.arange(self.generations))
@@ -136,8 +136,8 @@ class FewShot:
         return Found(alpha, mean, best, base, single, uniform, history)
 
 
-def _references(experts: int, groups: int) -> Float[Array, "references groups experts"]:
-    """The base, every expert, the uniform mixture."""
+def references(experts: int, groups: int) -> Float[Array, "references groups experts"]:
+    """Alpha of the base, of every expert alone, and of the uniform mixture, in this order."""
     rows = [jnp.zeros((1, experts)), jnp.eye(experts), jnp.full((1, experts), 1 / experts)]
     return jnp.repeat(jnp.concatenate(rows)[:, None], groups, axis=1)
 
