@@ -268,7 +268,7 @@ def write_lineage(path: Path, direction: str = "TD") -> None:
 
 
 def train(args: Train | Sweep) -> int:
-    """Search, or say what it would cost; write the run directory. 1 where nothing was trained."""
+    """Search, or say what it would cost; write the run directory. 1 where nothing is trained."""
     check(args)
     if args.device:
         jax.config.update("jax_platforms", args.device)
@@ -277,8 +277,9 @@ def train(args: Train | Sweep) -> int:
     again = fresh(args, setup) if args.deep_steps else None
     settings = settings_of(args, len(specs))
     if args.plan:
-        print(plan.described(specs, setup, settings))
-        return 0
+        found = plan.documents(specs, setup)
+        print(plan.described(found, setup, settings))
+        return int(all("refused" in row for row in found))
     if not (args.resume or args.replace):
         runs.refuse_existing(args.out)
     cache = programs.Cache()

@@ -28,6 +28,8 @@ class Args(race.Args):
     """Markdown file to write; `performance.md` in `out` unless given"""
     only: tuple[str, ...] = MODULES
     """modules to run; the page has the results of earlier runs too"""
+    experts: Path = few_shot.EXPERTS
+    """run directory of `experiments.phase7 nano`, for few_shot"""
 
 
 @clean_errors()
@@ -37,14 +39,16 @@ def main(args: Args) -> None:
     if unknown:
         raise ValueError(f"`only` must be among {', '.join(MODULES)}, got {', '.join(unknown)}.")
     for name in args.only:
-        if name == "few_shot" and not few_shot.EXPERTS.is_dir():
-            why = f"few_shot needs {few_shot.EXPERTS}, which `make demo` writes"
+        if name == "few_shot" and not args.experts.is_dir():
+            why = f"few_shot needs {args.experts}, which `make demo` writes"
             if args.only != MODULES:
                 raise ValueError(f"{why}.")
             print(f"[bench] left out: {why}")
             continue
         print(f"[bench] {name}", flush=True)
         options = ["--rounds", str(args.rounds), "--dtype", args.dtype]
+        if name == "few_shot":
+            options += ["--experts", str(args.experts)]
         module = [sys.executable, "-m", f"experiments.bench.{name}", str(args.out)]
         subprocess.run([*module, *options], check=True)
     page.main(page.Args(args.out, args.page))
@@ -52,4 +56,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, prog="python -m experiments.bench.all", description=__doc__))

@@ -217,4 +217,5 @@ def races(dtype: str) -> Iterator[race.Race]:
 
 
 if __name__ == "__main__":
-    race.command(tyro.cli(race.Args), races)
+    args = tyro.cli(race.Args, prog="python -m experiments.bench.candidates", description=__doc__)
+    race.command(args, races)

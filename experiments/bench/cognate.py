@@ -235,4 +235,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, prog="python -m experiments.bench.cognate"))
+    main(tyro.cli(Args, prog="python -m experiments.bench.cognate", description=__doc__))

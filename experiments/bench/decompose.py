@@ -134,7 +134,7 @@ def command(args: race.Args) -> None:
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(Args)
+    chosen = tyro.cli(Args, prog="python -m experiments.bench.decompose", description=__doc__)
     if not chosen.alone:
         command(chosen)
     else:

@@ -161,4 +161,5 @@ def races(dtype: str) -> Iterator[race.Race]:
 
 
 if __name__ == "__main__":
-    race.command(tyro.cli(race.Args), races)
+    args = tyro.cli(race.Args, prog="python -m experiments.bench.nsga2", description=__doc__)
+    race.command(args, races)

@@ -79,7 +79,7 @@ def admitted(spec: arch.Spec, setup: Setup) -> arch.Cost:
     """The cost of a document whose network can be traced, before any rung; nothing is compiled.
 
     Raises:
-      ValueError: the document is over a budget, its own or the run's.
+      Refused: the document is over a budget, its own or the run's.
     """
     spent = arch.cost(spec, setup.length)
     over = list(arch.over_budget(spec, spent, dict(setup.references), rows=setup.rows))
@@ -93,7 +93,7 @@ def admitted(spec: arch.Spec, setup: Setup) -> arch.Cost:
         if limit is not None and value > limit:
             over.append(f"{name}: {value:.4g}, over {limit:.4g}.")
     if over:
-        raise ValueError("Over budget: " + " ".join(over))
+        raise evolve.Refused("Over budget: " + " ".join(over))
     rates = training.rates_of(spec, setup.lr)
     start = functools.partial(training.start, training.network_of(spec))
     jax.eval_shape(start, jax.random.key(0), rates)
@@ -168,7 +168,8 @@ def evaluate(
     checkpoint, training begins anew: the result is the same.
 
     Raises:
-      ValueError: the document is over a budget, or the checkpoint at `done` is gone.
+      Refused: the document is over a budget.
+      ValueError: the checkpoint at `done` is gone.
     """
     spent = admitted(spec, setup)
     until = training.steps_of(spec, own_steps(steps, spent, setup))

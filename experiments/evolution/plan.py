@@ -50,12 +50,12 @@ def documents(specs: dict[str, arch.Spec], setup: Setup) -> list[Row]:
     return out
 
 
-def described(specs: dict[str, arch.Spec], setup: Setup, settings: evolve.Settings) -> str:
+def described(found: list[Row], setup: Setup, settings: evolve.Settings) -> str:
     """What the documents cost and the ladder spends, in words."""
-    found = documents(specs, setup)
     costs = [row["train_flops"] for row in found if "refused" not in row]
     mean = setup.step_flops or sum(costs) / max(len(costs), 1)
-    steps = rungs(settings.ladder, settings.trials, setup, mean)
+    trials = settings.trials - (len(found) - len(costs))  # who is refused is no trial's training
+    steps = rungs(settings.ladder, trials, setup, mean)
     lines = []
     for row in found:
         if "refused" in row:

@@ -175,7 +175,8 @@ def built(
         "deep_evaluations": deep(events, born, config),
         "pareto_front": front(trials, ladder),
         "hurdles": list(evolve.hurdles(of_search(events), ladder)),
-        "failed": sum(e.get("error") is not None for e in events),
+        "failed": sum(bool(e.get("error")) and not e.get("refused") for e in events),
+        "refused": len({e["trial"] for e in events if e.get("refused")}),
         "seed": config["seed"],
         "data": config["data_is"],
         "versions": {
@@ -219,5 +220,6 @@ def words(built: dict[str, Any], most: int = 5) -> str:
         )
     count = len(built["candidates"])
     best = f", the best {most} above" if count > most else ""
-    lines.append(f"  {count} candidates{best}, {built['failed']} failed trainings")
+    ends = f"{built['failed']} failed trainings, {built['refused']} refused"
+    lines.append(f"  {count} candidates{best}, {ends}")
     return "\n".join(lines)

@@ -6,7 +6,6 @@ checkpoint, which knows how long the log was when it was written (`experiments.r
 
 import functools
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from experiments import checkpoints
 from experiments import run as runs
 from experiments.evolution.candidates import Store
 from forge_jax import arch, evolve
-from forge_jax.evolve.loop import FAILURES
+from forge_jax.evolve.loop import FAILURES, NO_FAILURE, failure_of
 
 Show = Callable[[list[evolve.Event]], None]
 Evaluate = Callable[[arch.Spec, str, int, int], evolve.Result]
@@ -125,12 +124,12 @@ def deepen(
             continue
         if past(run, deadline):
             return events, True
-        result, error, began = None, None, time.perf_counter()
+        result, failure, began = None, NO_FAILURE, time.perf_counter()
         try:
             spec = arch.from_dict(trial.document)
             result = evaluate(spec, f"deep{trial.id}", 0, steps)
-        except FAILURES:
-            error = traceback.format_exc()
+        except FAILURES as error:
+            failure = failure_of(error)
         row = {
             "event": "deep",
             "trial": trial.id,
@@ -139,7 +138,7 @@ def deepen(
             "seeds": list(seeds),
             "score": None if result is None else result.score,
             "metrics": {} if result is None else result.metrics,
-            "error": error,
+            **failure,
             "seconds": time.perf_counter() - began,
         }
         events.append(runs.log(run, row))

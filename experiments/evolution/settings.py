@@ -216,5 +216,9 @@ def check(args: Train | Sweep) -> None:
         wrong.append("`seed` and `deep_steps` must not be negative")
     if args.lr is not None and not args.lr > 0:
         wrong.append("`lr` must be positive")
+    limits = {f.name: getattr(args.limits, f.name) for f in dataclasses.fields(args.limits)}
+    wrong += [
+        f"`limits.{n}` must be positive" for n, v in limits.items() if v is not None and v <= 0
+    ]
     if wrong:
         raise ValueError(", ".join(wrong) + ".")

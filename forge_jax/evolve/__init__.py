@@ -6,6 +6,7 @@ from forge_jax.evolve.asha import promotion as promotion
 from forge_jax.evolve.history import Event as Event
 from forge_jax.evolve.history import Trial as Trial
 from forge_jax.evolve.history import trials_of as trials_of
+from forge_jax.evolve.loop import Refused as Refused
 from forge_jax.evolve.loop import Result as Result
 from forge_jax.evolve.loop import Settings as Settings
 from forge_jax.evolve.loop import best as best

@@ -30,6 +30,10 @@ FAILURES = (
 )
 
 
+class Refused(ValueError):
+    """An evaluation's word that a candidate is not to be trained, and why: no failure."""
+
+
 class Result(NamedTuple):
     """What an evaluation found; lower is better throughout."""
 
@@ -86,8 +90,8 @@ def run(
     """Yield the events that follow `events`, until the steps are spent.
 
     The caller appends each event to its log before it asks for the next. A trial that fails is
-    reported with its traceback and goes no further. Events are strict JSON: a score that is not
-    finite is null.
+    reported with its traceback and goes no further, one that is `Refused` with the reason. Events
+    are strict JSON: a score that is not finite is null.
 
     Raises:
       ValueError: there are no seeds, or the ladder is none.
@@ -134,13 +138,13 @@ def spent(trials: dict[int, Trial], ladder: Ladder) -> int:
 
 def trained(trial: Trial, rung: int, done: int, total: int, evaluate: Evaluate) -> Event:
     """Evaluate a trial at a rung."""
-    result, error = Result(math.nan), None
+    result, failure = Result(math.nan), NO_FAILURE
     try:
         result = evaluate(arch.from_dict(trial.document), trial.id, done, total)
-    except FAILURES:
-        error = traceback.format_exc()
-    if error is None and not math.isfinite(result.score):
-        error = f"The score is {result.score}."
+    except FAILURES as error:
+        failure = failure_of(error)
+    if failure is NO_FAILURE and not math.isfinite(result.score):
+        failure = {**NO_FAILURE, "error": f"The score is {result.score}."}
     score, *objectives = (
         float(v) if math.isfinite(v) else None for v in (result.score, *result.objectives)
     )
@@ -152,8 +156,18 @@ def trained(trial: Trial, rung: int, done: int, total: int, evaluate: Evaluate) 
         "score": score,
         "objectives": objectives,
         "metrics": result.metrics or {},
-        "error": error,
+        **failure,
     }
+
+
+NO_FAILURE = {"error": None, "refused": False}
+
+
+def failure_of(error: BaseException) -> dict[str, Any]:
+    """What an event says of an evaluation that raised: the traceback, or why it was refused."""
+    refused = isinstance(error, Refused)
+    words = str(error) if refused else "".join(traceback.format_exception(error))
+    return {"error": words, "refused": refused}
 
 
 def born(

@@ -111,10 +111,12 @@ def test_equal_flops_and_an_end_of_training_are_refused(sweep, tmp_path, capsys)
 
 
 def test_a_run_in_which_nothing_was_trained_has_failed(sweep, capsys):
-    none = dataclasses.replace(sweep, limits=Limits(max_params=1))  # the baseline fails twice
+    none = dataclasses.replace(sweep, limits=Limits(max_params=1))
+    assert evolve.main(dataclasses.replace(none, plan=True)) == 1
+    assert "steps, 0 trials, 0 tokens" in capsys.readouterr().out
     assert evolve.main(none) == 1
     said = capsys.readouterr()
-    assert "3 candidates, 4 failed trainings" in said.out
+    assert "3 candidates, 0 failed trainings, 3 refused" in said.out
     assert said.err.endswith("nothing was trained: every candidate was refused or failed\n")
 
 
@@ -134,7 +136,8 @@ def test_a_sweep_writes_what_it_promises(sweep, capsys):
     assert built["cache"]["misses"] == 1
     assert built["cache"]["hits"] == 4
     a, b, c = built["candidates"]
-    assert "Over budget" in c["stages"][0]["error"]
+    assert c["stages"][0]["error"].startswith("Over budget: max_params: ")  # and no traceback
+    assert (built["failed"], built["refused"]) == (0, 1)
     assert sorted(x["best_steps"] for x in (a, b)) == [10, 20]
     assert a["metrics"]["kv_bytes_per_token"] == 64
     assert 0 <= a["metrics"]["ece"] <= 1
@@ -177,6 +180,7 @@ def again(out, sweep, capsys):
         (sweep, "already exists"),
         (dataclasses.replace(sweep, resume=True, seed=1), r"other settings: seed \(was 0, now 1\)"),
         (dataclasses.replace(sweep, files=()), "There is no document"),
+        (dataclasses.replace(sweep, limits=Limits(max_flops=0)), "`limits.max_flops` must be"),
         (dataclasses.replace(sweep, lr=-1.0, repeats=0), "`repeats` must be at least 1, `lr` must"),
         (evolve.Report(out.parent), "is no run directory"),
     ]

@@ -346,21 +346,21 @@ def test_one_command_runs_every_module(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: calls.append(command))
     write_json(tmp_path / "x.json", measured("scored"))
-    monkeypatch.setattr(every.few_shot, "EXPERTS", tmp_path)
-    every.main(every.Args(tmp_path, rounds=3))
+    every.main(every.Args(tmp_path, rounds=3, experts=tmp_path))
     assert [c[2].rpartition(".")[2] for c in calls] == list(every.MODULES)
-    assert all(c[3:] == [str(tmp_path), "--rounds", "3", "--dtype", "float32"] for c in calls)
+    assert all(c[3:8] == [str(tmp_path), "--rounds", "3", "--dtype", "float32"] for c in calls)
+    assert [c[8:] for c in calls if c[8:]] == [["--experts", str(tmp_path)]]
     assert (tmp_path / "performance.md").exists()
     assert race.PUBLIC in capsys.readouterr().out
-    monkeypatch.setattr(every.few_shot, "EXPERTS", tmp_path / "absent")
     calls.clear()
-    every.main(every.Args(tmp_path))
+    absent = tmp_path / "absent"
+    every.main(every.Args(tmp_path, experts=absent))
     assert len(calls) == len(every.MODULES) - 1
     assert "left out: few_shot needs" in capsys.readouterr().out
     refused = {"few_shot": "`make demo` writes", "nonsense": "`only` must be among"}
     for name, said in refused.items():
         with pytest.raises(SystemExit, match="2"):
-            every.main(every.Args(tmp_path, only=(name,)))
+            every.main(every.Args(tmp_path, only=(name,), experts=absent))
         assert said in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         race.command(race.Args(tmp_path, rounds=0), lambda dtype: iter([]))
