@@ -1,12 +1,12 @@
 """Architectures from documents: check them, train them, search for better ones.
 
-python -m experiments.evolve validate experiments/archs/nanogpt_tiny.yaml
-python -m experiments.evolve schema --out arch.schema.json
-python -m experiments.evolve train experiments/archs/nanogpt_tiny.yaml --task recall --steps 100
-python -m experiments.evolve sweep experiments/archs --plan
-python -m experiments.evolve evolve experiments/archs/nanogpt_tiny.yaml --out runs/evolution
-python -m experiments.evolve report runs/evolution
-python -m experiments.evolve lineage runs/evolution --direction LR
+    python -m experiments.evolve validate experiments/archs/nanogpt_tiny.yaml
+    python -m experiments.evolve schema --out arch.schema.json
+    python -m experiments.evolve train experiments/archs/nanogpt_tiny.yaml --task recall --steps 100
+    python -m experiments.evolve sweep experiments/archs --plan
+    python -m experiments.evolve evolve experiments/archs/nanogpt_tiny.yaml --out runs/evolution
+    python -m experiments.evolve report runs/evolution
+    python -m experiments.evolve lineage runs/evolution --direction LR
 
 `validate` ends with status 1 where a document is invalid. `train`, `sweep` (the given documents
 through the ladder) and `evolve` (their children too) write a run directory: metrics.jsonl, the log
@@ -267,11 +267,20 @@ def write_lineage(path: Path, direction: str = "TD") -> None:
     lineage.write(path, runs.rows(path), settings, births, unit, direction)
 
 
+def use_device(name: str) -> None:
+    """Compute there; a ValueError where there is no such device."""
+    jax.config.update("jax_platforms", name)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise ValueError(f"`--device {name}` is not to be had here: {error}") from error
+
+
 def train(args: Train | Sweep) -> int:
     """Search, or say what it would cost; write the run directory. 1 where nothing is trained."""
     check(args)
     if args.device:
-        jax.config.update("jax_platforms", args.device)
+        use_device(args.device)
     programs.use_directory(args.cache)
     specs, setup = set_up(args)
     again = fresh(args, setup) if args.deep_steps else None
@@ -331,6 +340,8 @@ def written_again(args: Report | Lineage) -> int:
     """Write a view of a run again."""
     if not (args.run / "config.json").is_file():
         raise ValueError(f"{args.run} is no run directory: it has no config.json.")
+    if not {"search", "data_is"} <= read_json(args.run / "config.json").keys():
+        raise ValueError(f"{args.run} is no run of `experiments.evolve`.")
     if isinstance(args, Lineage):
         write_lineage(args.run, args.direction)
         print(args.run / "lineage.mmd")

@@ -78,7 +78,7 @@ def load(
     decoder = Decoder(spec)
     has_eyes = checkpoint.projector is not None and spec.image_token_id is not None
     image_token = tokenizer.id_to_token(spec.image_token_id) if has_eyes else None  # pyright: ignore
-    factors = cached_factors(checkpoint, SELECT[select], select, cache, max_full=max_full)
+    factors = cached_factors(checkpoint.params, SELECT[select], cache, max_full=max_full)
     projector = checkpoint.projector if has_eyes else None
     if projector is not None:
         projector = {k: jnp.asarray(v) for k, v in projector.items()}

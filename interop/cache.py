@@ -1,7 +1,7 @@
-"""Singular value decompositions kept on disk by the content of the checkpoint."""
+"""Singular value decompositions kept on disk by the content of the matrices."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from forge_jax import svf
 from interop import formats
-from interop.config import Checkpoint
 
 PARTS = ("u", "s", "vt")
 DIGEST = "sha256"
@@ -20,33 +19,35 @@ ROUTINE = "gram"
 
 
 def cached_factors(
-    checkpoint: Checkpoint,
+    params: Any,
     select: Callable[[str, Any], bool],
-    name: str,
     directory: Path | None = None,
     *,
     max_full: int | None = None,
 ) -> Any:
-    """`svf.decompose(checkpoint.params, select)`'s factors, read from `directory` if there.
+    """`svf.decompose(params, select)`'s factors, read from `directory` if there.
 
     A matrix with more than `max_full` singular values gets a randomized decomposition of so many.
-    The file is named by the hash of the weights, the `name` of the selection, `max_full`, the
-    routine and the version of JAX, so another checkpoint, selection or routine is never taken for
-    it: singular vectors are unique only up to sign, and a trained z belongs to one decomposition.
-    A damaged file is written again. Without a `directory` nothing is kept.
+    The file is named by the selected matrices and their paths, `max_full`, the routine, the kind of
+    device and the versions of JAX and NumPy, so that of another checkpoint, selection or routine is
+    never taken for it: a trained z belongs to one decomposition. A damaged file is written again.
+    Without a `directory` nothing is kept.
     """
 
     def decompose():
-        options = {"max_full": max_full, "key": jax.random.key(0)}
-        return svf.decompose(checkpoint.params, select, **options)[0]
+        return svf.decompose(params, select, max_full=max_full, key=jax.random.key(0))[0]
 
     if directory is None:
         return decompose()
-    content = f"{checkpoint.sha256}/{name}/{max_full}/{ROUTINE}/{jax.__version__}".encode()
-    path = directory / f"svd-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    leaves = ((svf.path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params))
+    chosen = {name: leaf for name, leaf in leaves if select(name, leaf)}
+    device = jax.default_backend()
+    how = f"{max_full}/{ROUTINE}/{device}/{jax.__version__}/{np.__version__}".encode()
+    found = hashlib.sha256(_digest(chosen).tobytes() + how).hexdigest()
+    path = directory / f"svd-{found[:16]}.safetensors"
     stored = _read(path)
     if stored:
-        return svf.restore(checkpoint.params, select, lambda leaf: _parts(stored, leaf))
+        return svf.restore(params, select, lambda leaf: _parts(stored, leaf))
     factors = decompose()
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -70,12 +71,13 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
     return stored if digest is not None and np.array_equal(digest, _digest(stored)) else None
 
 
-def _digest(tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """SHA-256 of names and values: safetensors has no checksum."""
+def _digest(tensors: Mapping[str, Any]) -> np.ndarray:
+    """SHA-256 of names, shapes, dtypes and values: safetensors has no checksum."""
     found = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(np.ascontiguousarray(tensors[name]).data)
+        array = np.ascontiguousarray(tensors[name])
+        found.update(f"{name} {array.shape} {array.dtype} ".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
     return np.frombuffer(found.digest(), np.uint8)
 
 

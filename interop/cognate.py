@@ -17,9 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from forge_jax.models.cognate import Cognate, CognateConfig
+from interop.config import MOST_LAYERS, whole_problem
 from interop.formats import (
     add_suffix,
     complain,
+    is_finite,
+    plain_json,
     read_json,
     read_safetensors,
     read_torch,
@@ -29,12 +32,20 @@ from interop.formats import (
     write_safetensors,
     write_torch,
 )
-from interop.names import Params, flatten, unflatten
+from interop.names import Params, flatten, tensor_problem, unflatten
 
 EMBEDDING, HEAD = "backbone.token_emb.weight", "lm_head.weight"
 _LAYERS = "backbone/layers/"
 _BUFFERS = re.compile(r"backbone\.ltm\.memory_state|act_head\.(?:ema_step_acc|step_count)")
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DataParallel, torch.compile
+# what a file may ask for of the parts that are made one by one
+_MOST = {
+    "layers": MOST_LAYERS,
+    "steps": 1000,
+    "micro_steps": 1000,
+    "memory_taps": 1000,
+    "memory_depth": 100,
+}
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
@@ -64,7 +75,11 @@ def cognate_names(config: CognateConfig) -> dict[str, Slot]:
 def _names(config: CognateConfig) -> dict[str, Slot]:
     """The table, which takes a trace of the model to make."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    tree = jax.eval_shape(Cognate(config).init, jax.random.key(0), tokens)["params"]
+    # neither refinements nor a table of rotary positions hold a weight, but they can take minutes
+    # and gigabytes to trace
+    positions = 1 if config.positions == "rope" else config.max_positions
+    small = dataclasses.replace(config, micro_steps=1, max_positions=positions)
+    tree = jax.eval_shape(Cognate(small).init, jax.random.key(0), tokens)["params"]
     names = {}
     for path, leaf in flatten(tree):
         stacked = path.startswith(_LAYERS)
@@ -107,7 +122,7 @@ def cognate_from_torch(
             problems.append(f"{key}: unknown key, no weight of this model has this name")
         elif name in found:
             problems.append(f"{key}: a second key for {name}")
-        elif problem := _tensor_problem(tensor, slot.shape):
+        elif problem := tensor_problem(tensor, slot.shape):
             problems.append(f"{key}: {problem}")
         found[name] = tensor
     problems += [f"{name}: missing" for name in names if name not in found]
@@ -123,19 +138,6 @@ def cognate_from_torch(
         else:
             leaves.setdefault(slot.path, []).append(array)
     return unflatten({p: np.stack(x) if isinstance(x, list) else x for p, x in leaves.items()})
-
-
-def _tensor_problem(tensor: Any, shape: tuple[int, ...]) -> str | None:
-    """What is wrong with one tensor."""
-    if not hasattr(tensor, "shape") or not hasattr(tensor, "dtype"):
-        return f"have a {type(tensor).__name__}, want a tensor"
-    if tuple(tensor.shape) != shape:
-        return f"have {tuple(tensor.shape)}, want {shape}"
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in ("float32", "float16", "bfloat16"):
-        return f"have {dtype}, want float32, float16 or bfloat16"
-    finite = np.isfinite(to_numpy(tensor).astype(np.float32)).all()
-    return None if finite else "holds NaN or infinity"
 
 
 def cognate_to_numpy(params: Params, config: CognateConfig) -> dict[str, np.ndarray]:
@@ -214,11 +216,30 @@ def _config_of(record: Any, path: Path) -> CognateConfig:
     """The configuration that a file carries."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{path} carries no configuration; wanted `config` to be given.")
-    known = {field.name for field in dataclasses.fields(CognateConfig)}
-    if unknown := sorted(map(str, record.keys() - known)):
-        raise ValueError(f"{path} has unknown settings in its configuration: {', '.join(unknown)}.")
+    title = f"configuration of {path}"
+    record = plain_json(record, title)
+    known = {field.name: field.default for field in dataclasses.fields(CognateConfig)}
+    problems = [
+        _setting_problem(name, value, known[name]) if name in known else f"{name}: unknown setting"
+        for name, value in record.items()
+    ]
+    complain(title, [p for p in problems if p])
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
     try:
         return CognateConfig(**values)
-    except TypeError as error:  # a setting of another type, compared with a number
-        raise ValueError(f"{path} has a setting of the wrong type: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{title} does not fit: {error}") from error
+
+
+def _setting_problem(name: str, value: Any, default: Any) -> str:
+    """What is wrong with one setting, judged by the type of its default; empty if nothing."""
+    if isinstance(default, bool | str):
+        want = "true or false" if isinstance(default, bool) else "a word"
+        return "" if type(value) is type(default) else f"{name}: have {value!r}, want {want}"
+    if isinstance(default, int):
+        return whole_problem(name, value, 1, _MOST.get(name, 2**31 - 1))
+    is_list = isinstance(default, tuple)
+    numbers = value if is_list and isinstance(value, list) else [value]
+    if all(map(is_finite, numbers)) and is_list == isinstance(value, list):
+        return ""
+    return f"{name}: have {value!r}, want {'a list of numbers' if is_list else 'a number'}"

@@ -1,7 +1,7 @@
 """What lies beside the weights: the tokenizer and the patch projector."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +91,30 @@ def tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.tokenizer_config is not None:
         return checkpoint.tokenizer_config
     assert checkpoint.tokenizer is not None
+    positions = checkpoint.spec.max_position_embeddings
+    return make_settings(checkpoint.tokenizer, checkpoint.config, positions)
+
+
+def make_settings(
+    tokenizer: Tokenizer, config: Mapping[str, Any], positions: int
+) -> dict[str, Any]:
+    """A tokenizer_config.json for a tokenizer that came without one."""
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": checkpoint.spec.max_position_embeddings,
+        "model_max_length": positions,
     }
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = checkpoint.config.get(f"{name}_id")
-        token = token[0] if isinstance(token, list) and token else token
-        text = checkpoint.tokenizer.id_to_token(token) if isinstance(token, int) else None
+    for kind in ("bos", "eos", "pad", "unk"):
+        index = token_id(config, kind)
+        text = None if index is None else tokenizer.id_to_token(index)
         if text is not None:
-            settings[name] = text
+            settings[f"{kind}_token"] = text
     return settings
+
+
+def token_id(config: Mapping[str, Any], kind: str) -> int | None:
+    """The config's first id of a special token; None without one, or where it can be none."""
+    index = config.get(f"{kind}_token_id")
+    index = index[0] if isinstance(index, list) and index else index
+    # some configs say -1 for "none"; the tokenizer and GGUF take 32 bits without a sign
+    return index if isinstance(index, int) and 0 <= index < 2**32 else None

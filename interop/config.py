@@ -1,6 +1,5 @@
 """config.json of every family as a `DecoderSpec` and back, and the checkpoint they come in."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from forge_jax.models import DecoderSpec, RopeScaling
-from interop.formats import complain
+from interop.formats import complain, is_finite
 from interop.names import Params
 from interop.rules import Names
 
@@ -55,6 +54,7 @@ _GPT2_FIELDS = {
 }
 _GELU_NEW = ("gelu_new", "gelu_pytorch_tanh")  # one function under two names
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+MOST_LAYERS = 1000  # a damaged number of layers must not make a list of as many names
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -197,17 +197,19 @@ def _layer_types(layers: int, window: int | None, first: int) -> list[str]:
 
 
 def _is_positive(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
+    return is_finite(value) and value > 0
 
 
 def _count(config: Mapping[str, Any], name: str, least: int = 1) -> str:
     """What is wrong with a whole number of the config; empty if nothing is."""
     if config.get(name) is None:
         return f"{name}: missing"
-    value = config[name]
-    # a damaged number of layers must not make a list of as many names
-    most = 1000 if name == "num_hidden_layers" else 2**31 - 1
+    most = MOST_LAYERS if name == "num_hidden_layers" else 2**31 - 1
+    return whole_problem(name, config[name], least, most)
+
+
+def whole_problem(name: str, value: Any, least: int, most: int) -> str:
+    """What keeps `value` from being a whole number from `least` to `most`; empty if nothing."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         return f"{name}: have {value!r}, want a whole number from {least} to {most}"
     return ""

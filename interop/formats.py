@@ -9,6 +9,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import pickletools
@@ -17,7 +18,7 @@ import shutil
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,6 +51,7 @@ _PLAIN = re.compile(
 )
 _ZIP = b"PK\x03\x04"
 _NODES, _DEPTH = 100_000, 32  # of a config
+_BITS = 14_000  # of an integer; Python writes out no more than 4,300 digits
 _SHOWN = 50  # problems that one error lists
 
 
@@ -73,12 +75,29 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number, no bool, and finite as a float; JSON has larger integers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def require_file(path: Path) -> Path:
     """`path` if it is a file, else a ValueError."""
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {what}; wanted a file.")
     return path
+
+
+def sha256_files(paths: Sequence[Path]) -> str:
+    """Digest of several files in this order; of one file its own."""
+    digests = [sha256_file(path) for path in paths]
+    whole = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return digests[0] if len(digests) == 1 else whole
 
 
 def sha256_file(path: Path) -> str:
@@ -103,14 +122,15 @@ def plain_json(value: Any, source: str) -> Any:
     """`value` out of a pickle as JSON's values; what JSON lacks becomes its text.
 
     A pickle of 1 kB can name one list a million times over, which JSON would write out: more than
-    `_NODES` values, or nesting deeper than `_DEPTH`, is a ValueError.
+    `_NODES` values, nesting deeper than `_DEPTH`, or an integer of over `_BITS` is a ValueError.
     """
     left = _NODES
 
     def convert(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
-        if left < 0 or depth > _DEPTH:
+        endless = isinstance(value, int) and value.bit_length() > _BITS
+        if left < 0 or depth > _DEPTH or endless:
             raise ValueError(f"{source} is too large or too deep to be plain values.")
         if value is None or isinstance(value, bool | int | float | str):
             return value
@@ -252,25 +272,41 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _sync_name(path: Path) -> None:
+    """Force the name of `path`, which was renamed into place, to the disk."""
+    try:
+        sync(path.parent)
+    except OSError as error:
+        said = f"{path} is written, but may not survive a crash: {_reason(error, path)}"
+        raise OSError(error.errno or errno.EIO, said) from error
+
+
+def _reason(error: OSError, hidden: Path) -> str:
+    """What the system said first, and of which file; what lies at or in `hidden` goes unnamed."""
+    first = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    named = "" if first.filename is None else str(first.filename)
+    said = first.strerror or str(first)
+    return f"{said}: {named}" if named and not named.startswith(str(hidden)) else said
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary sibling, fsync it, and rename it to `path`.
 
     Raises:
-        OSError: the disk is full, or there is no right to write; `path` is as it was before.
+        OSError: the disk is full, or there is no right to write; `path` is as it was before. Where
+            only the directory could not be synced, the message says that `path` is written.
     """
     staged = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         write(staged)
         sync(staged)
         staged.replace(path)
-        sync(path.parent)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno or errno.EIO, f"{path} was not written and is as it was before: {reason}"
-        ) from error
+        said = f"{path} was not written and is as it was before: {_reason(error, staged)}"
+        raise OSError(error.errno or errno.EIO, said) from error
     finally:
         staged.unlink(missing_ok=True)
+    _sync_name(path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -325,24 +361,28 @@ def write_torch(path: Path, value: Any) -> None:
 def staged_directory(directory: Path) -> Iterator[Path]:
     """A hidden sibling to fill, renamed to `directory` when the block ends without an error.
 
-    Nothing is left when the block raises. What a killed process left is cleared by the next
-    one, so a directory has one writer at a time. An existing `directory` is a ValueError.
+    Nothing is left when the block raises; an OSError is then one of `directory`. What a killed
+    process left is cleared by the next one, so a directory has one writer at a time. An existing
+    `directory` is a ValueError.
     """
     if directory.exists():
         raise ValueError(f"{directory} already exists and is not overwritten.")
-    directory.parent.mkdir(parents=True, exist_ok=True)
     staged = directory.parent / f".{directory.name}.staged"
-    if staged.exists():
-        shutil.rmtree(staged)
-    staged.mkdir()
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if staged.exists():
+            shutil.rmtree(staged)
+        staged.mkdir()
         yield staged
         for path in [*staged.rglob("*"), staged]:
             sync(path)
         if directory.exists():
             raise ValueError(f"{directory} already exists and is not overwritten.")
         staged.rename(directory)
-        sync(directory.parent)
+    except OSError as error:
+        said = f"{directory} was not written; nothing is left of it: {_reason(error, staged)}"
+        raise OSError(error.errno or errno.EIO, said) from error
     finally:
         if staged.exists():
             shutil.rmtree(staged)
+    _sync_name(directory)

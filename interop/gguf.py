@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from forge_jax.models import DecoderSpec
 from forge_jax.models.attention import rotary_frequencies
 from interop import formats
-from interop.companions import check_tokenizer, make_tokenizer
+from interop.companions import check_tokenizer, make_settings, make_tokenizer
 from interop.config import FAMILIES, Checkpoint, spec_from_config
-from interop.gguf_names import ARCHITECTURES, from_gguf, hf_name
+from interop.gguf_names import ARCHITECTURES, SPECIAL, from_gguf, hf_name
 from interop.names import convert
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
@@ -132,8 +132,7 @@ def _config(fields: _Fields, architecture: str) -> dict[str, Any]:
             "rope_theta": _decimal(get("rope.freq_base", 10000.0)),
             "head_dim": get("attention.key_length", get("rope.dimension_count")),
         }
-    special = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    ids = {f"{n}_token_id": fields.get(f"tokenizer.ggml.{g}_token_id") for n, g in special.items()}
+    ids = {f"{n}_token_id": fields.get(f"tokenizer.ggml.{g}_token_id") for n, g in SPECIAL.items()}
     return {k: v for k, v in {**config, **ids}.items() if v is not None}
 
 
@@ -151,7 +150,8 @@ def _scaling(fields: _Fields, frequencies: Any, architecture: str) -> dict[str, 
         "original_max_position_embeddings": ("original_context_length", 8192),
     }
     found = {
-        ours: fields.get(f"{prefix}.{theirs}", usual) for ours, (theirs, usual) in known.items()
+        ours: _decimal(fields.get(f"{prefix}.{theirs}", usual))
+        for ours, (theirs, usual) in known.items()
     }
     return {"rope_type": "llama3", **found}
 
@@ -167,7 +167,7 @@ def _check_scaling(spec: DecoderSpec, frequencies: Any, path: Path) -> None:
 
 def _decimal(value: Any) -> Any:
     """The shortest decimal that is the same float32: the header rounded 1e-5 to float32."""
-    return float(str(np.float32(value))) if isinstance(value, int | float) else value
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _dequantize(
@@ -221,18 +221,6 @@ def _tokenizer(
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif kind == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
-    return tokenizer, _settings(fields, config, tokens)
-
-
-def _settings(fields: _Fields, config: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": config["max_position_embeddings"],
-    }
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        index = config.get(f"{name}_id")
-        if index is not None and 0 <= index < len(tokens):
-            settings[name] = tokens[index]
+    settings = make_settings(tokenizer, config, config["max_position_embeddings"])
     template = fields.get("tokenizer.chat_template")
-    return settings if template is None else {**settings, "chat_template": template}
+    return tokenizer, settings if template is None else {**settings, "chat_template": template}

@@ -59,6 +59,8 @@ ARCHITECTURES = {
     },
     "gpt2": Architecture("gpt2", _LAYER, _GPT2_BLOCK, _GPT2_TOP, "transformer.h"),
 }
+# the special tokens: Hugging Face's `<key>_token_id`, GGUF's `tokenizer.ggml.<value>_token_id`
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)")
 _LAYER_NAME = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.([\w.]+)\.(weight|bias)")
 

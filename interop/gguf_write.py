@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 from forge_jax.models import DecoderSpec
 from forge_jax.models.attention import rotary_frequencies
 from interop import formats
+from interop.companions import token_id
 from interop.config import Checkpoint, family_of
-from interop.gguf_names import ARCHITECTURES, gguf_name, to_gguf
+from interop.gguf_names import ARCHITECTURES, SPECIAL, gguf_name, to_gguf
 from interop.names import Params, params_to_numpy
 from interop.rules import canonical_names
 
@@ -107,7 +108,7 @@ def _add_fields(writer: Any, spec: DecoderSpec, architecture: str) -> None:
     writer.add_key_length(spec.head_dim)
     writer.add_value_length(spec.head_dim)
     if (scaling := spec.rope_scaling) is not None:
-        # no standard field holds the last two; with them the file reads back exactly
+        # no standard field holds the last two; with them the scaling reads back as its decimals
         prefix = f"{architecture}.rope.scaling"
         writer.add_float32(f"{prefix}.factor", scaling.factor)
         length = scaling.original_max_position_embeddings
@@ -163,9 +164,6 @@ def _add_tokenizer(writer: Any, words: dict[str, Any] | None, checkpoint: Checkp
         template = (checkpoint.tokenizer_config or {}).get("chat_template")
         if isinstance(template, str):
             writer.add_chat_template(template)
-    special = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    for ours, theirs in special.items():
-        index = checkpoint.config.get(f"{ours}_token_id")
-        index = index[0] if isinstance(index, list) and index else index
-        if isinstance(index, int):
+    for ours, theirs in SPECIAL.items():
+        if (index := token_id(checkpoint.config, ours)) is not None:
             writer.add_uint32(f"tokenizer.ggml.{theirs}_token_id", index)

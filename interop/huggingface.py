@@ -1,6 +1,5 @@
 """Hugging Face directories of every family in `config.FAMILIES`, in and out."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,19 @@ from interop.config import Checkpoint, hf_config, spec_from_config
 from interop.names import Params, convert, params_to_numpy
 from interop.rules import canonical_names, leaf_path
 
+# where the weights may be; the first that is there is read
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
 
 def load_huggingface(directory: str | Path, *, fused_qkv: bool | None = None) -> Checkpoint:
-    """Read config.json and the weights of a directory; safetensors, one file or shards.
+    """Read config.json and the weights of a directory, in one file or in shards.
 
-    `pytorch_model.bin` is read where there is no safetensors file. Tokenizer and patch projector
+    safetensors files win over `pytorch_model.bin` and its shards. Tokenizer and patch projector
     come along if they are there.
 
     Args:
@@ -33,9 +40,7 @@ def load_huggingface(directory: str | Path, *, fused_qkv: bool | None = None) ->
     config = formats.read_json(directory / "config.json")
     files, index = _weight_files(directory)
     tensors = _read_shards(files, index, directory)
-    digests = [formats.sha256_file(file) for file in files]
-    whole = hashlib.sha256("".join(digests).encode()).hexdigest()
-    sha256 = digests[0] if len(digests) == 1 else whole
+    sha256 = formats.sha256_files(files)
     return build(tensors, config, {}, sha256, directory, directory, None, fused_qkv=fused_qkv)
 
 
@@ -68,15 +73,15 @@ def build(
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of weights, and in which of them the index says that each tensor is."""
-    single = directory / "model.safetensors"
-    index = directory / "model.safetensors.index.json"
-    if single.is_file():
-        return [single], {}
-    if not index.is_file():
-        pickled = directory / "pytorch_model.bin"
-        if pickled.is_file():
-            return [pickled], {}
-        raise ValueError(f"{directory} has none of {single.name}, {index.name} and {pickled.name}.")
+    found = next((directory / n for n in _WEIGHTS if (directory / n).is_file()), None)
+    if found is None:
+        raise ValueError(f"{directory} has none of {', '.join(_WEIGHTS)}.")
+    return _indexed_files(found) if found.suffix == ".json" else ([found], {})
+
+
+def _indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
+    """The shards that `index` names, and in which of them it says that each tensor is."""
+    directory = index.parent
     shards = formats.read_json(index).get("weight_map")
     is_map = isinstance(shards, dict) and all(isinstance(s, str) for s in shards.values())
     if not is_map or not shards:

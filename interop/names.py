@@ -94,7 +94,7 @@ def fuse_qkv(leaves: Mapping[str, Any], names: Names) -> dict[str, Any]:
     return out
 
 
-def _tensor_problem(tensor: Any, shape: tuple[int, ...]) -> str | None:
+def tensor_problem(tensor: Any, shape: tuple[int, ...]) -> str | None:
     """What is wrong with one tensor, judged by its header before any of it is copied."""
     if not hasattr(tensor, "shape") or not hasattr(tensor, "dtype"):
         return f"have a {type(tensor).__name__}, want a tensor"
@@ -170,7 +170,7 @@ def convert(
         name: _layout(name, spec, path, wanted) for path, names in found.items() for name in names
     }
     for name, entry in entries.items():
-        if problem := _tensor_problem(state_dict[name], entry.shape):
+        if problem := tensor_problem(state_dict[name], entry.shape):
             problems.append(f"{name}: {problem}")
     complain(source, problems)
 

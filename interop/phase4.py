@@ -56,7 +56,7 @@ def load_phase4(directory: str | Path, *, fused_qkv: bool | None = None) -> Chec
         quantized = _dequantize(found, record.get("scale_factors") or {}, tensors, file)
         # the first file leads, and in the second what was never quantized is as good
         tensors = quantized | _floating(found) | tensors
-    digest = formats.sha256_file(files[0])
+    digest = formats.sha256_files([*files, *([side_car] if side_car.is_file() else [])])
     config = _config(directory, record)
     return build(tensors, config, {}, digest, directory, directory, None, fused_qkv=fused_qkv)
 
@@ -111,7 +111,7 @@ def _as_scale(scale: Any, codes: np.ndarray) -> np.ndarray | None:
     """One finite number for all codes or for each of their rows, ready to broadcast; else None."""
     try:
         values = np.asarray(scale, np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     if scale is None or codes.ndim != 2 or not np.isfinite(values).all():
         return None

@@ -81,7 +81,8 @@ def _load_file(path: Path, fused_qkv: bool | None) -> Checkpoint:
     elif path.suffix in _TORCH_SUFFIXES:
         tensors, config, metadata = _read_pickle(path)
     else:
-        raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)} or .json.")
+        other = "; `load_gguf` reads it" if path.suffix == ".gguf" else ""
+        raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)} or .json{other}.")
     metrics = metadata.get("metrics", {})
     return build(
         tensors,
@@ -121,7 +122,7 @@ def _read_pair(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     for key in extra if isinstance(extra, list) else []:
         tensors.pop(f"extra_{key}", None)
         tensors.pop(str(key), None)
-    return tensors, _require_config(record.get("config"), path), _dict(record.get("metadata"))
+    return tensors, _require_config(record.get("config"), path), _dict(record.get("metadata"), path)
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -143,7 +144,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, 
     if config is None:
         side_car = _side_car(path) or {}
         config, metadata = side_car.get("config"), metadata or side_car.get("metadata")
-    return dict(tensors), _require_config(config, path), _dict(metadata)
+    return dict(tensors), _require_config(config, path), _dict(metadata, path)
 
 
 def _require_config(config: Any, path: Path) -> dict[str, Any]:
@@ -153,5 +154,6 @@ def _require_config(config: Any, path: Path) -> dict[str, Any]:
     return formats.plain_json(config, f"the config of {path}")
 
 
-def _dict(value: Any) -> dict[str, Any]:
-    return formats.plain_json(value, "its metadata") if isinstance(value, Mapping) else {}
+def _dict(metadata: Any, path: Path) -> dict[str, Any]:
+    source = f"the metadata of {path}"
+    return formats.plain_json(metadata, source) if isinstance(metadata, Mapping) else {}

@@ -62,9 +62,11 @@ def write_phase8(
     Args:
         directory: must not exist.
         checkpoint: the base model, as it was loaded.
-        experts: domain -> path of a leaf -> its (r,) scales z; the order names the experts.
+        experts: domain -> path of a matrix -> its (r,) z, of all domains the same paths and
+            lengths; the order names the experts.
         alpha: the K weights of the mixture, in that order.
-        adapted_params: the dense weights of the mixture.
+        adapted_params: the dense weights of the mixture, `svf.materialize` of `svf.mix`; taken as
+            given.
         measure: called with the path of the finished svf_adapted_model.pt (and then of the
             low-rank file, see `load_low_rank`); returns the four `METRICS` of that file:
             milliseconds, a fraction, 10^9 bytes, tokens per second. Tokenizer and projector
@@ -129,21 +131,25 @@ def _check_alpha(alpha: Sequence[float], experts: Mapping[str, Any]) -> list[flo
 
 def _name_experts(experts: Mapping[str, Mapping[str, Any]], names: Names) -> dict[str, Z]:
     """The z of every expert under torch names, float32; all that does not fit in one error."""
-    own = own_names(names)
+    own = {path: entry for path, entry in own_names(names).items() if len(entry[1]) == 2}
     problems, found = [], {}
+    lengths = {path: np.size(v) for z in experts.values() for path, v in z.items() if path in own}
     for domain, z in experts.items():
         found[domain] = {}
         if not z:
             problems.append(f"{domain}: has no z")
+        problems += [f"{domain}: {path}: another has it" for path in lengths if path not in z and z]
         for path, value in z.items():
             array = np.asarray(value, np.float32)
             if path not in own:
-                problems.append(f"{domain}: {path} is no weight of the checkpoint")
+                problems.append(f"{domain}: {path} is no matrix of the checkpoint")
                 continue
             name, shape = own[path]
             full = min(shape)
             if array.ndim != 1 or not 0 < array.size <= full:
                 problems.append(f"{domain}: {path}: have {array.shape}, want ({full},)")
+            elif array.size != lengths[path]:
+                problems.append(f"{domain}: {path}: have {array.shape}, another ({lengths[path]},)")
             elif not np.isfinite(array).all():
                 problems.append(f"{domain}: {path}: holds NaN or infinity")
             found[domain][name] = array

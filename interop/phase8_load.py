@@ -1,6 +1,6 @@
 """The artifacts of Phase 7 opened again: nothing is believed that is not checked."""
 
-import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,13 @@ from interop.names import Params, flatten, own_names
 from interop.phase6 import load_phase6
 from interop.phase8 import METRICS, MODEL, Z, artifact_files
 from interop.rules import Names
+
+# What is read here, or by transformers; the directory may be that of a run, whose own files
+# (config.json, metrics, checkpoints) are in no manifest. The suffixes are those of `load_phase6`.
+_ARTIFACT = re.compile(
+    rf"huggingface/.+|(?:phase7|z_vectors_|{MODEL}|tokenizer|vision)"
+    r".*\.(?:json|pt|pth|bin|safetensors)"
+)
 
 
 class LowRank(NamedTuple):
@@ -47,8 +54,8 @@ class Phase8(NamedTuple):
 def load_phase8(directory: str | Path) -> Phase8:
     """Open the artifacts of `write_phase8` again and check them.
 
-    Every file is compared with the manifest, every .pt with its safetensors twin, and the
-    Hugging Face directory with the adapted model.
+    Every artifact must be in the manifest and have its hash; every .pt is compared with its
+    safetensors twin, and the Hugging Face directory with the adapted model.
 
     Raises:
         ValueError: naming what is missing, changed, malformed or contradictory.
@@ -72,7 +79,7 @@ def load_phase8(directory: str | Path) -> Phase8:
     return Phase8(
         report["success"],
         experts,
-        np.array(report["best_mixture"]),
+        np.array(report["best_mixture"], float),
         checkpoint,
         report["metrics"],
         metadata,
@@ -82,16 +89,21 @@ def load_phase8(directory: str | Path) -> Phase8:
 
 
 def _verify(directory: Path) -> None:
-    """Raise a ValueError that lists every file that is gone or changed."""
+    """Raise a ValueError that lists every artifact that is gone, changed or added."""
     digests = formats.read_json(directory / "manifest.json").get("sha256")
     if not isinstance(digests, dict) or "phase7.json" not in digests:
         raise ValueError(f"{directory / 'manifest.json'} lists no artifacts.")
-    present = set(artifact_files(directory))
+    present = artifact_files(directory)
     problems = [f"{name} is missing" for name in digests if name not in present]
     problems += [
         f"{name} has changed"
         for name, digest in digests.items()
         if name in present and formats.sha256_file(directory / name) != digest
+    ]
+    problems += [
+        f"{name} is not in the manifest"
+        for name in present
+        if name not in digests and _ARTIFACT.fullmatch(name)
     ]
     if problems:
         raise ValueError(f"{directory} is damaged: {', '.join(problems)}.")
@@ -103,8 +115,8 @@ def _check_report(report: dict[str, Any], path: Path) -> None:
     files = list(experts.values()) if isinstance(experts, dict) else []
     checks = {
         "success: want true or false": isinstance(report.get("success"), bool),
-        "adapted_model: want the name of a file beside it": _is_name(report.get("adapted_model")),
-        "experts: want the name of a file for each": bool(files) and all(map(_is_name, files)),
+        "adapted_model: want the name of an artifact": _is_name(report.get("adapted_model")),
+        "experts: want the name of an artifact for each": bool(files) and all(map(_is_name, files)),
         "best_mixture: want a number for each expert": _is_mixture(
             report.get("best_mixture"), len(files)
         ),
@@ -114,20 +126,17 @@ def _check_report(report: dict[str, Any], path: Path) -> None:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and formats.is_plain_name(value)
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    """Whether `value` names an artifact, whose absence from the manifest `_verify` notices."""
+    is_plain = isinstance(value, str) and formats.is_plain_name(value)
+    return is_plain and _ARTIFACT.fullmatch(value) is not None
 
 
 def _is_mixture(value: Any, experts: int) -> bool:
-    return isinstance(value, list) and len(value) == experts and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) == experts and all(map(formats.is_finite, value))
 
 
 def _is_metrics(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_number(value.get(name)) for name in METRICS)
+    return isinstance(value, dict) and all(formats.is_finite(value.get(name)) for name in METRICS)
 
 
 def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -172,7 +181,7 @@ def _read_alpha(
     is_map = isinstance(by_weight, dict) and all(name in leaf for name in by_weight)
     if not is_map or not all(_is_mixture(a, experts) for a in by_weight.values()):
         raise ValueError(f"{path}: `alpha_by_weight` needs {experts} numbers for each weight.")
-    return {leaf[name]: np.array(a) for name, a in by_weight.items()}
+    return {leaf[name]: np.array(a, float) for name, a in by_weight.items()}
 
 
 def _read_low_rank(directory: Path) -> LowRank | None:
@@ -182,8 +191,8 @@ def _read_low_rank(directory: Path) -> LowRank | None:
     report = formats.read_json(path)
     checks = {
         "success: want true or false": isinstance(report.get("success"), bool),
-        "adapted_model: want the name of a file beside it": _is_name(report.get("adapted_model")),
-        "rank_fraction: want a number": _is_number(report.get("rank_fraction")),
+        "adapted_model: want the name of an artifact": _is_name(report.get("adapted_model")),
+        "rank_fraction: want a number": formats.is_finite(report.get("rank_fraction")),
         f"metrics: want {', '.join(METRICS)}": _is_metrics(report.get("metrics")),
     }
     formats.complain(str(path), [problem for problem, holds in checks.items() if not holds])

@@ -28,6 +28,7 @@ from interop.rules import canonical_names, leaf_path
 
 _INDEXED = re.compile(r"(?:learnable_params_module_list\.)?(0|[1-9]\d*)")
 _DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
+_LARGEST = 16.0  # |p|; beyond, the float32 sigmoid is 0 or 1 and the way back is lost
 
 Z = dict[str, np.ndarray]
 
@@ -104,8 +105,7 @@ def _problem(p: Any, length: int) -> str | None:
     values = formats.to_numpy(p).astype(np.float64)
     if not np.isfinite(values).all():
         return "holds NaN or infinity"
-    # beyond, the float32 sigmoid is 0 or 1 and the way back is lost
-    return "lies outside [-16, 16]" if np.abs(values).max() > 16 else None
+    return "lies outside [-16, 16]" if np.abs(values).max() > _LARGEST else None
 
 
 def _mask(p: np.ndarray, max_mult: float) -> np.ndarray:
@@ -133,8 +133,8 @@ def save_transformer_squared(
     gives back the very p that was read where |p| <= 4; "float32" keeps z to 1e-6.
 
     Raises:
-        ValueError: naming every matrix that lacks its z, has another length, or a z outside
-            (0, `max_mult`); or the options are none of those above.
+        ValueError: naming every matrix that lacks its z, has another length, or a z that no p
+            in [-16, 16] gives, `max_mult` and 0 among them; or the options are none of those above.
     """
     import torch
 
@@ -146,18 +146,25 @@ def save_transformer_squared(
     arrays = {leaf: np.asarray(value, np.float64) for leaf, value in z.items()}
     leaves = {leaf for leaf, _ in wanted.values()}
     problems = [f"{leaf}: no matrix of this model's MLPs" for leaf in arrays.keys() - leaves]
-    for leaf, length in wanted.values():
+    low, high = (max_mult / (1 + np.exp(-p)) for p in (-_LARGEST, _LARGEST))
+    tensors = {}
+    for index, (name, (leaf, length)) in enumerate(wanted.items()):
         array = arrays.get(leaf)
         if array is None or array.shape != (length,):
             have = None if array is None else array.shape
             problems.append(f"{leaf}: have {have}, want ({length},)")
-        elif not ((array > 0) & (array < max_mult)).all():
-            problems.append(f"{leaf}: lies outside (0, {max_mult}), where no sigmoid reaches")
-    formats.complain("`z`", problems)
-    tensors = {}
-    for index, (name, (leaf, _)) in enumerate(wanted.items()):
-        ratio = arrays[leaf] / max_mult
-        p = torch.from_numpy(np.log(ratio / (1 - ratio))).to(getattr(torch, dtype))
+            continue
+        p = torch.from_numpy(_logit(array / max_mult)).to(getattr(torch, dtype))
+        # judged as it will stand in the file: z is rounded, and 16 may come as 16 + 1e-7
+        if not (p.abs() <= _LARGEST).all():
+            problems.append(f"{leaf}: lies outside [{low:.10g}, {high:.10g}], where |p| <= 16")
         tensors[name if form == "names" else f"learnable_params_module_list.{index}"] = p
+    formats.complain("`z`", problems)
     formats.write_torch(path, tensors)
     return path
+
+
+def _logit(ratio: np.ndarray) -> np.ndarray:
+    """Inverse of the sigmoid; infinite or NaN where there is none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(ratio / (1 - ratio))

@@ -20,7 +20,7 @@ ROOMS = {
     "parallel": {"svf"},
     "search": {"parallel", "svf"},
     "rl": {"models"},
-    "adapt": {"search", "svf"},
+    "adapt": {"models", "search", "svf"},
     "evolve": {"arch", "search"},
 }
 FOREIGN = {

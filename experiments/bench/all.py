@@ -50,7 +50,8 @@ def main(args: Args) -> None:
         if name == "few_shot":
             options += ["--experts", str(args.experts)]
         module = [sys.executable, "-m", f"experiments.bench.{name}", str(args.out)]
-        subprocess.run([*module, *options], check=True)
+        if code := subprocess.run([*module, *options], check=False).returncode:
+            raise SystemExit(code)  # it has said why
     page.main(page.Args(args.out, args.page))
     print(f"\n{page.summary(page.read(args.out))}")
 

@@ -130,7 +130,8 @@ def command(args: race.Args) -> None:
     """Run the race in a process of one thread."""
     given = [str(args.out), "--rounds", str(args.rounds), "--dtype", args.dtype, "--alone"]
     child = [sys.executable, "-m", "experiments.bench.decompose", *given]
-    subprocess.run(child, env=environment(), check=True)
+    if code := subprocess.run(child, env=environment(), check=False).returncode:
+        raise SystemExit(code)  # it has said why
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import tyro
 
 from experiments.bench.race import OURS, judged, markdown, shown, table
 from experiments.files import read_json, write_atomic, write_json
+from experiments.run import clean_errors
 
 # in the order of the page
 ORDER = (
@@ -173,6 +174,7 @@ def render(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
+@clean_errors()
 def main(args: Args) -> str:
     """Write the page and `result.json`, all races in one file."""
     results = read(args.out)

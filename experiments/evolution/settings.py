@@ -201,6 +201,8 @@ def check(args: Train | Sweep) -> None:
     wrong = [f"`{name}` must be at least 1" for name in names if getattr(args, name) < 1]
     if isinstance(args, Sweep) and args.asha_reduction < 2:
         wrong.append("`asha_reduction` must be at least 2")
+    if isinstance(args, Sweep) and args.asha_max < args.asha_min:
+        wrong.append("`asha_max` must not be below `asha_min`")
     if isinstance(args, Evolve):
         shares = {"macro_prob": args.macro_prob, "crossover_prob": args.crossover_prob}
         wrong += [f"`{n}` must lie in [0, 1]" for n, v in shares.items() if not 0 <= v <= 1]

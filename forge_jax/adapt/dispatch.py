@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from forge_jax.models import pad_left
+
 Apply = Callable[..., Any]
 """`apply(tokens, mask, logits_from=-1, ...) -> (logits, cache)` of a decoder, left-padded rows"""
 
@@ -109,7 +111,7 @@ class PromptDispatch(NamedTuple):
         **inputs,
     ) -> Float[Array, "batch labels"]:
         """Log probability of each label's first token after the prompt, nats, and the bias."""
-        logits, _ = apply(tokens, mask, logits_from=-1, **inputs)
+        logits, _ = apply(*pad_left(tokens, mask), logits_from=-1, **inputs)
         return jax.nn.log_softmax(logits[:, -1])[:, self.first_token] + self.bias
 
     def __call__(

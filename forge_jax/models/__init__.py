@@ -6,6 +6,8 @@ from forge_jax.models.attention import repeat_cache as repeat_cache
 from forge_jax.models.decoder import Decoder as Decoder
 from forge_jax.models.generate import Generated as Generated
 from forge_jax.models.generate import generate as generate
+from forge_jax.models.generate import pad_left as pad_left
+from forge_jax.models.generate import pad_right as pad_right
 from forge_jax.models.generate import response_logits as response_logits
 from forge_jax.models.generate import with_hidden as with_hidden
 from forge_jax.models.score import ExactMatch as ExactMatch

@@ -23,6 +23,31 @@ class Generated(NamedTuple):
     mask: Bool[Array, "rows time"]  # True up to and with the stop token
 
 
+def pad_left(
+    tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
+) -> tuple[Int[Array, "batch time"], Bool[Array, "batch time"]]:
+    """The same rows with what padding stood behind them in front.
+
+    Tokenizers pad behind unless told otherwise, and what follows a prompt follows its last slot.
+    """
+    behind = jnp.argmax(mask[:, ::-1], axis=1)
+    return _rolled(tokens, behind), _rolled(mask, behind)
+
+
+def pad_right(
+    tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]
+) -> tuple[Int[Array, "batch time"], Bool[Array, "batch time"]]:
+    """The same rows with what padding stood before them behind."""
+    before = jnp.argmax(mask, axis=1)
+    return _rolled(tokens, -before), _rolled(mask, -before)
+
+
+def _rolled(x, shifts: Int[Array, " batch"]) -> Array:
+    """Every row moved right by its own number of places, what falls off in front."""
+    source = (np.arange(x.shape[1]) - shifts[:, None]) % x.shape[1]
+    return jnp.take_along_axis(jnp.asarray(x), source, axis=1)
+
+
 def keep_top_k(logits: Float[Array, "rows vocab"], k: int) -> Float[Array, "rows vocab"]:
     """Every logit below the k-th largest of its row to -inf; ties with it stay."""
     threshold = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
@@ -75,7 +100,7 @@ def generate(
     samples: int = 1,
     images: Float[Array, "batch patches hidden"] | None = None,
 ) -> Generated:
-    """Continue every left-padded prompt `samples` times.
+    """Continue every prompt `samples` times; padding may stand on either side of it.
 
     A prompt is read once, whatever the number of its samples. Rows of the result are the samples
     of the first prompt, then those of the second. The loop ends when every row has stopped. The
@@ -91,6 +116,7 @@ def generate(
             "Wanted temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
             f"{temperature=}, {top_k=}, {top_p=}."
         )
+    tokens, mask = pad_left(tokens, mask)
     batch, time = tokens.shape
     cache = init_cache(spec, batch, time + max_new_tokens - 1)
     logits, cache = apply(tokens, mask, cache, images=images, logits_from=-1)
@@ -152,10 +178,11 @@ def response_logits(
 ) -> Float[Array, "rows response_time vocab"]:
     """The logits from which every token of the responses was (or would be) drawn.
 
-    There are rows / batch responses to every prompt, in the order of `generate`; the prompt is
-    read once for all of them. Differentiable in whatever `apply` closes over. Logits after the
-    end of a response mean nothing. An `apply` that returns a tree of arrays (batch, time, ...) in
-    place of logits, as `with_hidden` makes one, has the same tree returned.
+    There are rows / batch responses to every prompt, in the order of `generate`; the prompt, whose
+    padding may stand on either side, is read once for all of them. Responses are right-padded.
+    Differentiable in whatever `apply` closes over. Logits after the end of a response mean nothing.
+    An `apply` that returns a tree of arrays (batch, time, ...) in place of logits, as `with_hidden`
+    makes one, has the same tree returned.
 
     Raises:
       ValueError: the responses are no multiple of the prompts.
@@ -165,6 +192,7 @@ def response_logits(
         raise ValueError(
             f"`responses` must have a multiple of {batch} rows and a token, got {responses.shape}."
         )
+    tokens, mask = pad_left(tokens, mask)
     cache = init_cache(spec, batch, time + length - 1)
     first, cache = apply(tokens, mask, cache, images=images, logits_from=-1)
     prompt_of_row = np.repeat(np.arange(batch), rows // batch)

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from forge_jax.models.generate import Apply, Generated, generate, response_logits
+from forge_jax.models.generate import Apply, Generated, generate, pad_right, response_logits
 from forge_jax.models.spec import DecoderSpec
 
 
 class Questions(NamedTuple):
-    """Left-padded prompts and right-padded answers."""
+    """Prompts and answers, each with its padding on either side."""
 
     tokens: Int[Array, "batch time"]
     mask: Bool[Array, "batch time"]
@@ -31,9 +31,7 @@ class LogLikelihood:
     spec: DecoderSpec
 
     def __call__(self, apply: Apply, batch: Questions) -> Float[Array, " batch"]:
-        prompts, answers = (batch.tokens, batch.mask), (batch.answers, batch.answer_mask)
-        logits = response_logits(apply, self.spec, *prompts, *answers, images=batch.images)
-        return _answer_logp(logits, batch)
+        return Judge(self.spec)(apply, batch).logp
 
 
 class Judged(NamedTuple):
@@ -54,9 +52,16 @@ class Judge:
     spec: DecoderSpec
 
     def __call__(self, apply: Apply, batch: Questions) -> Judged:
+        batch = _answers_first(batch)
         prompts, answers = (batch.tokens, batch.mask), (batch.answers, batch.answer_mask)
         logits = response_logits(apply, self.spec, *prompts, *answers, images=batch.images)
         return Judged(is_right(logits, batch), _answer_logp(logits, batch))
+
+
+def _answers_first(batch: Any) -> Any:
+    """The questions with the padding of their answers behind these."""
+    answers, mask = pad_right(batch.answers, batch.answer_mask.astype(bool))
+    return batch._replace(answers=answers, answer_mask=mask)
 
 
 def is_right(logits: Float[Array, "batch answer_time vocab"], batch: Any) -> Bool[Array, " batch"]:
@@ -107,5 +112,6 @@ class ExactMatch:
     stop_tokens: tuple[int, ...] = ()
 
     def __call__(self, apply: Apply, batch: Questions) -> Bool[Array, " batch"]:
+        batch = _answers_first(batch)
         written = Respond(self.spec, batch.answers.shape[1], self.stop_tokens)(apply, batch)
         return ((written.tokens == batch.answers) | ~batch.answer_mask).all(axis=-1)

@@ -19,10 +19,11 @@ def map_candidates(
 ) -> PyTree:
     """Return `function(candidate, shared)` of every candidate, `chunk` of them at once.
 
-    As `jax.lax.map`; with a mesh each group along its axis `population` has `chunk` candidates of
-    its own in each step. A plain `lax.map` would run over an axis that is split, and every device
-    do every step. How `data` and `model` are used follows from where `shared` lies. A last step
-    with fewer candidates is filled up and cut again. To be called under `jax.jit`.
+    As `jax.lax.map`, but that a last step with fewer candidates is filled up and cut again, where
+    that would compile the function once more. With a mesh each group along its axis `population`
+    has `chunk` candidates of its own in each step; a plain `lax.map` would run over an axis that is
+    split, and every device do every step. How `data` and `model` are used follows from where
+    `shared` lies. To be called under `jax.jit`.
 
     Args:
         function: of one candidate.
@@ -35,17 +36,21 @@ def map_candidates(
     def one(candidate):
         return function(candidate, shared)
 
-    if mesh is None or mesh.shape["population"] == 1:
-        return jax.lax.map(one, candidates, batch_size=chunk)
-    # not shard_map: XLA (jaxlib 0.10.2) aborts on an embedding split over an axis left to it
-    at_once = mesh.shape["population"] * (chunk or 1)
+    groups = 1 if mesh is None else mesh.shape["population"]
+    if groups == 1 and chunk is None:
+        return jax.lax.map(one, candidates)
+    at_once = groups * (chunk or 1)
     count = jax.tree.leaves(candidates)[0].shape[0]
-    split = NamedSharding(mesh, PartitionSpec(None, "population"))
 
     def dealt(x):
         filled = jnp.concatenate([x, jnp.repeat(x[-1:], -count % at_once, axis=0)])
         steps = filled.reshape(-1, at_once, *x.shape[1:])
+        if mesh is None or groups == 1:
+            return steps
+        # not shard_map: XLA (jaxlib 0.10.2) aborts on an embedding split over an axis left to it
+        split = NamedSharding(mesh, PartitionSpec(None, "population"))
         return jax.lax.with_sharding_constraint(steps, split)
 
-    out = jax.lax.map(jax.vmap(one, spmd_axis_name="population"), jax.tree.map(dealt, candidates))
+    axis = None if groups == 1 else "population"
+    out = jax.lax.map(jax.vmap(one, spmd_axis_name=axis), jax.tree.map(dealt, candidates))
     return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], out)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from forge_jax import parallel, svf
+from forge_jax.svf.mixing import check_stacked
 
 Form = Literal["factored", "dense"]
 Score = Callable[[Callable[..., Any], Any], PyTree]
@@ -59,13 +60,15 @@ def evaluate_population(
     Args:
         adapted: the model, from `svf.transform`.
         factors: its parameters, from `svf.decompose`.
-        experts: for each path the z of all experts, (K, r).
+        experts: for each path the z of all experts, (K, r), finite numbers
+            (`adapt.check_experts`).
         alpha: one row of K coefficients per candidate, or such rows for every path.
         score: `score(apply, batch)` gives a pytree of arrays; `apply(*args, **kwargs)` is the
             module's with one candidate's parameters.
         batch: a pytree of arrays, an argument of the program.
         rank_fraction: per candidate, singular components from ceil(fraction * r) on are left out.
-            Factored form only.
+            Factored form only, and full decompositions only: what a randomized one leaves out
+            would stay.
         form: `auto` takes what `cheaper_form` says.
         tokens: rows that a candidate sends through its matrices in one step (rows x length when a
             text is scored, rows when it is decoded). None: the integers in `batch`.
@@ -73,8 +76,8 @@ def evaluate_population(
             of the mixed-dense form are made once for all of them.
         chunk: candidates that run at once in the factored form.
         memory_limit: bytes that the deltas of the experts, and the temporaries of the candidates
-            that run at once, may take. The temporaries are those that the compiler reports for
-            one candidate on one device, which costs a compilation of its own.
+            that run at once, may take. The temporaries are those that the compiler reports for the
+            program on one device, which costs a compilation or more.
         mesh: from `parallel.make_mesh`: the candidates are shared out over its axis `population`.
             `factors`, `experts` and `batch` lie on it already (`parallel.shard_params`, `shard`).
 
@@ -82,32 +85,33 @@ def evaluate_population(
         What `score` returns, every leaf with a leading axis of P.
 
     Raises:
-        ValueError: `alpha`, `rank_fraction` or `experts` do not fit, or a candidate alone takes
-            more than the limit.
+        ValueError: `alpha`, `rank_fraction` or `experts` do not fit, a number is out of its range,
+            or a candidate alone takes more than the limit.
     """
     if form not in ("auto", "factored", "dense"):
         raise ValueError(f"`form` must be auto, factored or dense, got {form!r}.")
+    for name, value in {"chunk": chunk, "rounds": rounds, "tokens": tokens}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
     alphas, count = _by_path(factors, experts, alpha)
-    rank = _ranks(rank_fraction, count)
+    rank = _ranks(rank_fraction, count, factors)
     if rank is not None and form == "dense":
         raise ValueError("`rank_fraction` needs the factored form: a cut matrix is no mixture.")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
     if form == "auto":
         sizes = _integers(batch) if tokens is None else tokens
         fits = memory_limit is None or delta_bytes(factors, experts) <= memory_limit
         allowed = fits and rank is None
         form = cheaper_form(factors, experts, sizes, count * rounds) if allowed else "factored"
-    arrays = (factors, experts, alphas, rank, batch)
+    own = count if mesh is None else math.ceil(count / mesh.shape["population"])
     if memory_limit is not None:
-        allowed = _allowed(adapted, score, form, memory_limit, arrays)
-        chunk = min(allowed, chunk or count)
+        mine = jax.tree.map(lambda x: x[:own], (alphas, rank))
+        arrays = (factors, experts, *mine, batch)
+        chunk = _allowed(adapted, score, form, memory_limit, chunk or own, arrays)
     if mesh is not None:
         alphas, rank = parallel.shard(mesh, (alphas, rank), parallel.REPLICATED)
-        arrays = (factors, experts, alphas, rank, batch)
-    own = count if mesh is None else math.ceil(count / mesh.shape["population"])
+    arrays = (factors, experts, alphas, rank, batch)
     groups = math.ceil(own / min(chunk or CHUNK, own))
-    # groups of equal size: what is left over would be compiled once more
+    # groups of equal size: the last one is filled up
     return _run(adapted, score, form, mesh, math.ceil(own / groups), *arrays)
 
 
@@ -173,7 +177,9 @@ def _run(
 
 def _by_path(factors, experts: Experts, alpha: Alphas) -> tuple[dict[str, Array], int]:
     """(P, K) coefficients for every path, and P."""
-    paths = [name for name, _ in svf.named_factors(factors)]
+    if not svf.named_factors(factors):
+        raise ValueError("`factors` hold no decomposed matrix: give those of `svf.decompose`.")
+    paths = check_stacked(factors, experts)
     given = alpha if isinstance(alpha, Mapping) else dict.fromkeys(paths, alpha)
     alphas = {name: jnp.asarray(a, jnp.float32) for name, a in given.items()}
     shapes = {a.shape for a in alphas.values()}
@@ -183,10 +189,13 @@ def _by_path(factors, experts: Experts, alpha: Alphas) -> tuple[dict[str, Array]
             f"`alpha` must be (candidates, experts), the same everywhere, for {sorted(wanted)} "
             f"experts, got {sorted(shapes)}."
         )
-    return alphas, shapes.pop()[0]
+    count = shapes.pop()[0]
+    if not count:
+        raise ValueError("`alpha` must have a candidate, got none.")
+    return alphas, count
 
 
-def _ranks(rank_fraction, count: int) -> Array | None:
+def _ranks(rank_fraction, count: int, factors) -> Array | None:
     """The rank fractions as an array, or None."""
     if rank_fraction is None:
         return None
@@ -194,6 +203,11 @@ def _ranks(rank_fraction, count: int) -> Array | None:
     if rank.shape != (count,) or not ((rank > 0) & (rank <= 1)).all():
         raise ValueError(
             f"`rank_fraction` must be {count} numbers in (0, 1], one per candidate, got {rank}."
+        )
+    parts = [name for name, leaf in svf.named_factors(factors) if leaf.rest is not None]
+    if parts and (rank < 1).any():
+        raise ValueError(
+            f"`rank_fraction` below 1 needs full decompositions, {parts[0]} has a randomized one."
         )
     return jnp.asarray(rank)
 
@@ -204,17 +218,21 @@ def _integers(batch: Any) -> int:
     return sum(np.size(x) for x in leaves)
 
 
-def _allowed(adapted, score: Score, form: Form, memory_limit: int, arrays) -> int:
-    """How many candidates at once keep the limit."""
-    factors, experts, alphas, rank, batch = arrays
-    single = (factors, experts, *jax.tree.map(lambda x: x[:1], (alphas, rank)), batch)
-    needed = _temporary_bytes(adapted, score, form, *_abstract(single))
-    if needed > memory_limit:
-        raise ValueError(
-            f"One candidate takes {needed:,} bytes of temporary memory in the {form} form, "
-            f"`memory_limit` allows {memory_limit:,}."
-        )
-    return max(1, memory_limit // max(needed, 1))
+def _allowed(adapted, score: Score, form: Form, memory_limit: int, most: int, arrays) -> int:
+    """How many candidates at once keep the limit, at most so many."""
+
+    def needed(chunk: int) -> int:
+        return _temporary_bytes(adapted, score, form, chunk, *_abstract(arrays))
+
+    chunk = most
+    while (took := needed(chunk)) > memory_limit:
+        if chunk == 1:
+            raise ValueError(
+                f"One candidate takes {took:,} bytes of temporary memory in the {form} form, "
+                f"`memory_limit` allows {memory_limit:,}."
+            )
+        chunk = max(1, min(chunk - 1, chunk * memory_limit // took))
+    return chunk
 
 
 def _abstract(arrays) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
@@ -224,10 +242,10 @@ def _abstract(arrays) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _temporary_bytes(adapted, score: Score, form: Form, leaves, treedef) -> int:
-    """Temporaries of the program for one candidate, as the compiler counts them."""
+def _temporary_bytes(adapted, score: Score, form: Form, chunk: int, leaves, treedef) -> int:
+    """Temporaries of the program, as the compiler counts them."""
     compiled = _run.lower(
-        adapted, score, form, None, 1, *jax.tree.unflatten(treedef, leaves)
+        adapted, score, form, None, chunk, *jax.tree.unflatten(treedef, leaves)
     ).compile()
     memory: Any = compiled.memory_analysis()
     return int(memory.temp_size_in_bytes)

@@ -1,4 +1,4 @@
-"""Singular value fine-tuning: frozen factors, scales `z`, mixtures, the Linen transform."""
+"""Singular value fine-tuning: frozen factors, vectors `z`, mixtures, the Linen transform."""
 
 from forge_jax.svf.factors import Factors as Factors
 from forge_jax.svf.factors import decompose as decompose

@@ -1,4 +1,4 @@
-"""Singular value factors of the matrices in a pytree, and the scales `z` of their values.
+"""Singular value factors of the matrices in a pytree, and the vectors `z` that scale their values.
 
 A matrix is W = U diag(s) Vt. Singular value fine-tuning (Transformer-Squared, arXiv 2501.06252)
 keeps U, s and Vt frozen and learns one number per singular value:
@@ -52,7 +52,7 @@ def decompose(
     rank: int | None = None,
     key: Array | None = None,
 ) -> tuple[PyTree[Any], dict[str, Float[Array, "*batch r"]]]:
-    """Split `params` into frozen factors and the scales `z`, all ones.
+    """Split `params` into frozen factors and the vectors `z`, all ones.
 
     Singular vectors are determined only up to sign and, where values tie, rotation: a trained `z`
     belongs to the factors it was trained with.
@@ -94,7 +94,10 @@ def decompose(
             out.append(_leading(matrix, layout, kept, jax.random.fold_in(key, selected)))
         selected += 1
     if not selected:
-        raise ValueError(f"`select` matched none of the {len(leaves)} leaves of `params`.")
+        some = ", ".join(path_name(path) for path, _ in leaves[:3])
+        raise ValueError(
+            f"`select` matched none of the {len(leaves)} leaves of `params`: {some}, ..."
+        )
     factors = jax.tree_util.tree_unflatten(treedef, out)
     return factors, identity(factors)
 

@@ -5,7 +5,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -55,6 +57,8 @@ def axes_of(name: str, leaf: Any, axes: AxesRule | None) -> Axes:
 
 def as_matrix(name: str, leaf: Any, axes: Axes) -> tuple[Float[Array, "*batch m n"], Layout]:
     """Bring a leaf to float32 (batch, m, n): XLA has no half-precision SVD."""
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        raise ValueError(f"{name} must be an array of JAX or NumPy, got {type(leaf).__name__}.")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(f"{name} must have a floating-point dtype to decompose, got {leaf.dtype}.")
     layout = Layout(tuple(leaf.shape), str(leaf.dtype), axes.batch, axes.inputs, axes.outputs)

@@ -18,13 +18,13 @@ def truncate(
 ) -> PyTree[Any]:
     """Keep the leading ceil(rank_fraction * r) components of every decomposed matrix.
 
-    The scales are folded in. A matrix of rank r' stays factored, a `Factors` with s := s z, where
+    z is folded in. A matrix of rank r' stays factored, a `Factors` with s := s z, where
     r' (m + n) < m n, and becomes an ordinary dense leaf elsewhere; `svf.transform` runs such a tree
     as it is. Components are ranked by the base singular value `s`, not by s z, so that one rank
     means the same components for every mixture. The Frobenius error is the norm of the dropped s z,
     at z = 1 the least that this rank allows (Eckart and Young 1936).
 
-    Below `rank_fraction` = 1 the `rest` of a randomized decomposition is dropped as well.
+    Where components are dropped, the `rest` of a randomized decomposition is dropped with them.
 
     Raises:
         ValueError: `rank_fraction` is not in (0, 1], or `z` does not fit `factors`.

@@ -1,4 +1,4 @@
-"""Mixtures of experts: of their scales `z`, or of the dense differences that they make."""
+"""Mixtures of experts: of their vectors `z`, or of the dense differences that they make."""
 
 import dataclasses
 import functools
@@ -21,13 +21,13 @@ def mix(
     alpha: Alpha,
     mode: Literal["delta", "sum"] = "delta",
 ) -> dict[str, Float[Array, "*batch r"]]:
-    """Mix the scales of K experts with the coefficients `alpha`.
+    """Mix the z of K experts with the coefficients `alpha`.
 
     delta: z = 1 + sum_k alpha_k (z_k - 1). Zero is the base model, a unit vector is that expert.
     sum:   z = sum_k alpha_k z_k, equal where sum_k alpha_k = 1; elsewhere it rescales every matrix.
 
     Args:
-        experts: for each path the scales of all experts, stacked on the first axis.
+        experts: for each path the z of all experts, stacked on the first axis.
         alpha: K coefficients, or for each path its own K. For a population of mixtures, `jax.vmap`.
 
     Raises:
@@ -72,19 +72,27 @@ def deltas(
     Raises:
         ValueError: the paths or shapes of `experts` are not those of `factors`.
     """
-    found = dict(_factors.named_factors(factors))
-    _factors.check_paths("experts", experts, found)
+    found = check_stacked(factors, experts)
 
     def one(leaf, z):
         change = _factors.product(dataclasses.replace(leaf, rest=None), leaf.s * (z - 1.0))
         return to_leaf(change, leaf.layout, jnp.float32)
 
+    return {name: jax.vmap(one, (None, 0))(leaf, experts[name]) for name, leaf in found.items()}
+
+
+def check_stacked(
+    factors: PyTree[Any], experts: Mapping[str, Array]
+) -> dict[str, _factors.Factors]:
+    """The factors by path; a ValueError where `experts` are not z of these, stacked first."""
+    found = dict(_factors.named_factors(factors))
+    _factors.check_paths("experts", experts, found)
     for name, leaf in found.items():
-        if experts[name].shape[1:] != leaf.s.shape:
+        if experts[name].shape[1:] != leaf.s.shape or not len(experts[name]):
             raise ValueError(
                 f"experts[{name!r}] must be (experts, *{leaf.s.shape}), got {experts[name].shape}."
             )
-    return {name: jax.vmap(one, (None, 0))(leaf, experts[name]) for name, leaf in found.items()}
+    return found
 
 
 def mix_weights(

@@ -29,7 +29,7 @@ def row_scales(
 
     Args:
         factors: the parameters of the transformed module.
-        experts: for each path the scales of all experts.
+        experts: for each path the z of all experts.
         choice: for each row the coefficients of its mixture (as the `alpha` of `mix`; per path, if
             wanted), or the index of its expert. A row of zeros, and an index that no expert has
             (-1), is the base model.

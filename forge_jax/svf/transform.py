@@ -30,10 +30,11 @@ class Transformed:
             variables: as for the module; `variables["params"]` may hold `Factors` for the kernels
                 of `nn.Dense` layers, the rest is ordinary.
             *args: arguments of the module.
-            scales: for each path the values s between U and Vt, from `svf.scales`. They end in the
-                shape of the factors' own s. Leading axes broadcast against the leading axes of the
-                layers' inputs: [P, 1, r] gives each of P candidates (or rows) its own values for
-                inputs (P, time, features). Stacked layers under `nn.scan` have [P, 1, layers, r].
+            scales: for each path the values between U and Vt: s z, from `svf.scales(factors, z)`,
+                and not z itself, which has the same shape. They end in the shape of the factors'
+                own s. Leading axes broadcast against the leading axes of the layers' inputs:
+                [P, 1, r] gives each of P candidates (or rows) its own values for inputs
+                (P, time, features). Stacked layers under `nn.scan` have [P, 1, layers, r].
             **kwargs: keyword arguments of `Module.apply` and of the module.
 
         Raises:

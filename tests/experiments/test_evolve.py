@@ -173,6 +173,9 @@ def again(out, sweep, capsys):
     windows = [arch.knobs(s)["stack"]["mixers"][0]["window"] for s in specs.values()]
     assert windows == [3, 5]  # `a` is met again under another name, `c` has no score
     assert list(specs) == ["a", "run-gen_0-variant_1"]
+    other = out.parent / "phase7"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
     refused = [
         (evolve.Validate(()), "There is no document"),
         (dataclasses.replace(args, top_index=out / "config.json"), "must be a search_report.json"),
@@ -182,7 +185,10 @@ def again(out, sweep, capsys):
         (dataclasses.replace(sweep, files=()), "There is no document"),
         (dataclasses.replace(sweep, limits=Limits(max_flops=0)), "`limits.max_flops` must be"),
         (dataclasses.replace(sweep, lr=-1.0, repeats=0), "`repeats` must be at least 1, `lr` must"),
+        (dataclasses.replace(sweep, asha_max=9), "`asha_max` must not be below `asha_min`"),
         (evolve.Report(out.parent), "is no run directory"),
+        (evolve.Report(other), "is no run of `experiments.evolve`"),
+        (evolve.Lineage(other), "is no run of `experiments.evolve`"),
     ]
     capsys.readouterr()
     for args, sentence in refused:

@@ -33,6 +33,7 @@ from interop import (
     load_phase8,
     load_transformer_squared,
 )
+from interop.cognate import cognate_names, load_cognate
 from interop.formats import sha256_file
 from interop.names import flatten, own_names
 from interop.rules import canonical_names
@@ -73,6 +74,16 @@ def read_phase8(directory):
     check_experts(found.experts.values(), shapes_of(found.checkpoint.spec))
 
 
+def read_cognate(path):
+    """Every leaf has the shape that the configuration gives it."""
+    params, config = load_cognate(path)
+    leaves = dict(flatten(params))
+    for slot in cognate_names(config).values():
+        leaf = leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]
+        assert leaf.shape == (slot.shape[::-1] if slot.is_turned else slot.shape), slot.path
+        assert np.isfinite(leaf).all(), slot.path
+
+
 def read_checkpoint(load):
     return lambda path: check_checkpoint(load(path))
 
@@ -90,6 +101,8 @@ READERS = {
     "expert": (read_expert, ["expert.pt"], "expert.pt"),
     "policy": (read_expert, ["expert.pt"], "expert.pt"),
     "phase8": (read_phase8, None, ""),
+    "cognate": (read_cognate, ["m.safetensors", "m.json"], "m.safetensors"),
+    "cognate_pt": (read_cognate, ["m.pt"], "m.pt"),
 }
 
 
@@ -244,7 +257,7 @@ PATHS = [
     "~",
     "a" * 5000,
 ]
-VALUES = [-1, 0, 1e400, 10**30, 2**31 - 1, "24", None, [], {}, True, 1000, 3, [24], "../x", 0.5]
+VALUES = [-1, 0, 1e400, 10**30, 10**400, 2**31 - 1, "24", None, [], {}, True, 1000, 3, [24], 0.5]
 
 
 def change_json(path, rng):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from interop.cognate import (
     load_cognate,
     save_cognate,
 )
-from interop.formats import write_safetensors, write_torch
+from interop.formats import write_json, write_safetensors, write_torch
 
 torch = pytest.importorskip("torch")
 
@@ -145,6 +146,58 @@ def test_a_file_of_the_reference_is_read(tmp_path):
     assert_same(got, jax.tree.map(lambda x: x.astype(np.float32), params))
     with pytest.raises(ValueError, match="carries no configuration"):
         load_cognate(tmp_path / "x.pt")
+
+
+def put_config(path, **changes):
+    """A file whose configuration is not the one that was saved."""
+    save_cognate(path, make_params(), SMALL)
+    record = {"config": {**dataclasses.asdict(SMALL), **changes}}
+    write_json(path.with_name(f"{path.name}.json"), record)
+    return path.with_name(f"{path.name}.safetensors")
+
+
+BAD = {
+    "layers below": ({"layers": -1}, "layers: have -1, want a whole number from 1 to 1000"),
+    "layers above": ({"layers": 10**7}, "layers: have 10000000, want a whole number"),
+    "layers beyond": ({"layers": 10**400}, "layers: have 1000"),
+    "layers of another type": ({"layers": 2.5}, "layers: have 2.5"),
+    "a word": ({"d_model": "8"}, "d_model: have '8'"),
+    "no word": ({"memory": []}, r"memory: have \[\], want a word"),
+    "no flag": ({"detach_steps": 1}, "detach_steps: have 1, want true or false"),
+    "no number": ({"dropout": None}, "dropout: have None, want a number"),
+    "huge": ({"gate_entropy": 10**400}, "gate_entropy: have 1000"),
+    "no list": ({"step_weights": 1.0}, "step_weights: have 1.0, want a list of numbers"),
+    "unknown": ({"colour": 1}, "colour: unknown setting"),
+    "contradictory": ({"heads": 3}, "`d_model` must be a multiple of `heads`"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_configuration_that_does_not_fit_names_its_file(tmp_path, case):
+    changes, sentence = BAD[case]
+    path = put_config(tmp_path / "x", **changes)
+    with pytest.raises(ValueError, match=rf"^configuration of .*x\.safetensors(?s:.)*{sentence}"):
+        load_cognate(path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"layers": 1000}, {"micro_steps": 1000}, {"max_positions": 2**31 - 1}]
+)
+def test_a_configuration_of_any_size_is_judged_at_once(changes):
+    """The names are found without the refinements and tables, which would fill the memory."""
+    one = {"heads": 1, "answer_heads": 1}  # rotary positions need an even width
+    config = dataclasses.replace(SMALL, positions="rope", **one, **changes)
+    start = time.monotonic()
+    assert len(cognate_names(config)) >= len(cognate_names(SMALL)) - 1
+    assert time.monotonic() - start < 10
+
+
+def test_sparse_tensors_are_refused():
+    tensors = cognate_to_torch(make_params(), SMALL)
+    name = "trm.z0_proj.weight"
+    tensors[name] = tensors[name].to_sparse()
+    with pytest.raises(ValueError, match=f"{name}: have a sparse, quantized or empty tensor"):
+        cognate_from_torch(tensors, SMALL)
 
 
 def test_every_problem_is_named_at_once(tmp_path):

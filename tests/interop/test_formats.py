@@ -141,6 +141,24 @@ def test_missing_file_and_directory(tmp_path, read):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("value", [0, -1, 0.5, 10**300])
+def test_finite_numbers(value):
+    assert formats.is_finite(value)
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), float("nan"), float("inf"), True, "1", None]
+)
+def test_what_is_no_finite_number(value):
+    assert not formats.is_finite(value)
+
+
+def test_an_integer_that_cannot_be_written_out_is_refused():
+    assert formats.plain_json([10**4000], "x") == [10**4000]
+    with pytest.raises(ValueError, match=r"^x is too large"):
+        formats.plain_json([10**5000], "x")
+
+
 def test_bfloat16_passes_through_every_door(tmp_path):
     want = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     array = formats.to_numpy(want.T)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,9 +121,59 @@ def test_no_artifact_is_left_half_written(tmp_path, llama, full, writer, after):
     checkpoint = load_phase6(tmp_path / "m.pt")
     single = writer in ("gguf", "expert")
     full(0 if single else after)
-    with pytest.raises(OSError, match=r"was not written|No space left"):
+    state = "and is as it was before" if single else "; nothing is left of it"
+    said = f"{re.escape(str(tmp_path / 'out'))} was not written ?{state}: No space left on device"
+    with pytest.raises(OSError, match=rf"^\[Errno {errno.ENOSPC}\] {said}$"):
         WRITERS[writer](tmp_path / "out", checkpoint)
     assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_a_file_that_may_not_survive_a_crash_is_said_to_be_written(tmp_path, full):
+    path = tmp_path / "x.json"
+    formats.write_json(path, {"a": 1})
+    full(1)  # the file's own content is on the disk, its name is not
+    said = r"x\.json is written, but may not survive a crash: No space left"
+    with pytest.raises(OSError, match=said) as caught:
+        formats.write_json(path, {"a": 2})
+    assert caught.value.errno == errno.ENOSPC
+    assert "as it was before" not in str(caught.value)
+    assert formats.read_json(path) == {"a": 2}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_directory_is_whole_and_said_to_be_or_absent(tmp_path, full, after):
+    """Synced are its file, itself, and last its name."""
+    target, whole = tmp_path / "out", after == 2
+
+    def fill():
+        with formats.staged_directory(target) as staged:
+            (staged / "a").write_text("whole")
+
+    full(after)
+    state = "is written, but may not survive a crash" if whole else "nothing is left of it"
+    with pytest.raises(OSError, match=rf"/out .*{state}: No space left on device$") as caught:
+        fill()
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == (["out"] if whole else [])
+
+
+def test_what_else_fails_in_a_directory_is_named(tmp_path):
+    """Not the staged place, but a file of the caller's."""
+    (tmp_path / "file").write_text("no directory")
+    with (
+        pytest.raises(
+            FileExistsError, match=r"file/out was not written; .*: File exists: .*/file$"
+        ),
+        formats.staged_directory(tmp_path / "file" / "out"),
+    ):
+        pass
+    with (
+        pytest.raises(FileNotFoundError, match=r"nothing is left of it: No such file .*/absent$"),
+        formats.staged_directory(tmp_path / "out"),
+    ):
+        (tmp_path / "absent").read_text()
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_the_message_keeps_the_number_of_the_error(tmp_path, full):

@@ -1,5 +1,7 @@
 """GGUF files that we write, read by us and by transformers."""
 
+import dataclasses
+
 import gguf
 import numpy as np
 import pytest
@@ -67,6 +69,18 @@ def test_split_gpt2_is_fused_in_the_file(tmp_path, checkpoint):
     kernel = load_gguf(tmp_path / "m.gguf").params["layers_0"]["self_attn"]["qkv_proj"]["kernel"]
     parts = [split.params["layers_0"]["self_attn"][f"{n}_proj"]["kernel"] for n in "qkv"]
     np.testing.assert_array_equal(kernel, np.concatenate(parts, axis=1))
+
+
+def test_scaling_reads_back_as_its_decimals(tmp_path, checkpoint):
+    before = checkpoint("llama3")
+    scaling = dataclasses.replace(
+        before.spec.rope_scaling, factor=4.1, low_freq_factor=1.1, high_freq_factor=4.3
+    )
+    before = before._replace(spec=dataclasses.replace(before.spec, rope_scaling=scaling))
+    save_gguf(tmp_path / "m.gguf", before.params, before)
+    after = load_gguf(tmp_path / "m.gguf")
+    assert after.spec == before.spec
+    assert isinstance(after.config["rope_scaling"]["original_max_position_embeddings"], int)
 
 
 def test_llama3_files_of_others_have_only_the_divisors(tmp_path, checkpoint):

@@ -1,13 +1,14 @@
 """Hugging Face directories, written by transformers and opened by transformers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from interop import load_huggingface, save_huggingface
+from interop import load_gguf, load_huggingface, save_gguf, save_huggingface
 from interop.names import flatten
 
 TOKENS = np.random.default_rng(0).integers(3, 67, (2, 11))
@@ -62,13 +63,55 @@ def test_missing_and_foreign_shards_are_named(tmp_path, llama):
         load_huggingface(tmp_path)
 
 
+def test_shards_of_pickles(tmp_path, llama):
+    """As transformers wrote them: pytorch_model-*.bin and their index."""
+    llama.save_pretrained(tmp_path / "whole")
+    (tmp_path / "parts").mkdir()
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "parts")
+    weights = llama.state_dict()
+    files = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    places = {name: files[i % 2] for i, name in enumerate(weights)}
+    for file in files:
+        part = {name: weights[name] for name in weights if places[name] == file}
+        torch.save(part, tmp_path / "parts" / file)
+    index = tmp_path / "parts" / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    parts, whole = (
+        dict(flatten(load_huggingface(tmp_path / d).params)) for d in ("parts", "whole")
+    )
+    assert parts.keys() == whole.keys()
+    assert all(np.array_equal(parts[p], whole[p]) for p in whole)
+
+    index.write_text(json.dumps({"weight_map": {**places, "extra": files[1]}}))
+    with pytest.raises(ValueError, match=rf"extra: not in {files[1]}"):
+        load_huggingface(tmp_path / "parts")
+    (tmp_path / "parts" / files[1]).unlink()
+    with pytest.raises(ValueError, match=f"lacks the shards {files[1]}"):
+        load_huggingface(tmp_path / "parts")
+
+
+def test_ids_that_mean_no_token(tmp_path, llama, tokenizer):
+    """Some configs say -1, which neither the tokenizer nor GGUF takes."""
+    llama.save_pretrained(tmp_path / "in")
+    tokenizer.save(str(tmp_path / "in" / "tokenizer.json"))
+    checkpoint = load_huggingface(tmp_path / "in")
+    config = {**checkpoint.config, "pad_token_id": -1, "eos_token_id": [2, 1]}
+    checkpoint = checkpoint._replace(config=config)
+    save_huggingface(tmp_path / "out", checkpoint.params, checkpoint)
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "</s>"
+    assert "pad_token" not in settings
+    save_gguf(tmp_path / "m.gguf", checkpoint.params, checkpoint, with_tokenizer=False)
+    assert "pad_token_id" not in load_gguf(tmp_path / "m.gguf").config
+
+
 def test_directories_that_are_none(tmp_path, config):
     with pytest.raises(ValueError, match="absent is no directory"):
         load_huggingface(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         load_huggingface(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"has none of model\.safetensors"):
+    with pytest.raises(ValueError, match=r"has none of model\.safetensors, .*bin\.index\.json"):
         load_huggingface(tmp_path)
 
 

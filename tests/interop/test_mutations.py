@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from forge_jax import svf
+from forge_jax.models.cognate import Cognate, CognateConfig
 from interop import (
     formats,
     load_phase6,
@@ -24,6 +26,7 @@ from interop import (
     save_transformer_squared,
     write_phase8,
 )
+from interop.cognate import save_cognate
 from interop.config import hf_config
 from interop.lowrank import factor_tensors
 from interop.transformer_squared import matrices
@@ -62,6 +65,12 @@ def base(tmp_path_factory, make_llama, tokenizer):
     masks = {path: np.full(n, 0.4, np.float32) for path, n in matrices(spec).values()}
     save_transformer_squared(base / "expert" / "expert.pt", masks, spec, form="names")
     save_transformer_squared(base / "policy" / "expert.pt", masks, spec, form="policy")
+    small = CognateConfig(vocab_size=24, d_model=16, layers=2, heads=2, d_ff=12, d_mem=4)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    cognate = jax.device_get(Cognate(small).init(jax.random.key(0), tokens)["params"])
+    for name in ("cognate", "cognate_pt"):
+        (base / name).mkdir()
+        save_cognate(base / name / "m", cognate, small)
     write_phase8(
         base / "phase8",
         checkpoint,
@@ -84,7 +93,7 @@ def test_mutants_load_what_they_declare_or_end_in_a_sentence(base):
     found = json.loads(done.stdout.splitlines()[-1])
     print({name: value for name, value in found.items() if name != "wrong"})
     assert found["wrong"] == []
-    assert len(found["sound"]) == 11
+    assert len(found["sound"]) == 13
     assert not found["ran_code"]
     assert found["mutants"] == COUNT == found["loaded"] + found["refused"]
     assert found["refused"] > COUNT / 2

@@ -89,6 +89,8 @@ def test_legacy_names_have_their_scales_in_the_json(tmp_path, half, config, per_
     checkpoint = load_phase4(tmp_path)
     want = codes.float() * torch.tensor(scale).reshape(-1, 1)
     assert torch.equal(params_to_torch(checkpoint.params, checkpoint.names)[name], want)
+    (tmp_path / SIDE_CAR).write_text(json.dumps({"scale_factors": {name: 0.125}}))
+    assert load_phase4(tmp_path).sha256 != checkpoint.sha256  # other weights, another base
 
 
 def test_all_zero_codes_are_explained_in_one_sentence(tmp_path, half, config):
@@ -103,7 +105,7 @@ def test_all_zero_codes_are_explained_in_one_sentence(tmp_path, half, config):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("scale", [None, "x", [1.0, 2.0], float("inf")])
+@pytest.mark.parametrize("scale", [None, "x", [1.0, 2.0], float("inf"), 10**400])
 def test_scales_that_do_not_fit_are_named(tmp_path, half, config, scale):
     name = "model.layers.0.mlp.up_proj.weight"
     lay(tmp_path, config, quantized={**half, name: torch.ones(40, 24, dtype=torch.int8)})

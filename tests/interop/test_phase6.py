@@ -224,6 +224,22 @@ def test_bad_files_are_named(tmp_path, state_dict, config):
         load_phase6(tmp_path / "bare.safetensors")
 
 
+def test_hostile_values_are_refused_with_the_name_of_the_file(tmp_path, state_dict, config):
+    nested = []
+    for _ in range(50):
+        nested = [nested]
+    record = {"state_dict": state_dict, "config": config, "metadata": {"metrics": nested}}
+    torch.save(record, tmp_path / "deep.pt")
+    with pytest.raises(ValueError, match=r"^the metadata of .*deep\.pt is too large or too deep"):
+        load_phase6(tmp_path / "deep.pt")
+    rope = {"rope_type": "llama3", "factor": 10**400}
+    changed = {**config, "rms_norm_eps": 10**400, "rope_parameters": rope}
+    write_pair(tmp_path / "big", state_dict, changed)
+    wanted = r"config of .*big\.safetensors does not fit:\n  rms_norm(?s:.)*factor is 1000"
+    with pytest.raises(ValueError, match=wanted):
+        load_phase6(tmp_path / "big")
+
+
 def test_json_beside_a_pickle_of_the_same_name(tmp_path, state_dict, config):
     """`baked.json` is the guide's, not a side-car, and must not hide the config in the pickle."""
     torch.save({"state_dict": state_dict, "config": config}, tmp_path / "baked.pt")

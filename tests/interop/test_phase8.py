@@ -230,7 +230,18 @@ BAD = {
         ValueError,
         "`extra_metadata` must hold JSON",
     ),
-    "z of no weight": (with_z(lambda z: z.update(x=z[Q])), ValueError, "math: x is no weight"),
+    "z of no weight": (with_z(lambda z: z.update(x=z[Q])), ValueError, "math: x is no matrix"),
+    "z of a norm": (
+        with_z(lambda z: z.update({"norm/scale": np.ones(3)})),
+        ValueError,
+        "math: norm/scale is no matrix",
+    ),
+    "z shorter": (
+        with_z(lambda z: z.update({Q: z[Q][:-1]})),
+        ValueError,
+        rf"math: {Q}: have \(\d+,\), another",
+    ),
+    "z of fewer": (with_z(lambda z: z.pop(Q)), ValueError, f"math: {Q}: another has it"),
     "z too long": (with_z(lambda z: z.update({Q: np.ones(99)})), ValueError, r"have \(99,\)"),
     "z nan": (with_z(lambda z: z.update({Q: z[Q] * np.nan})), ValueError, "holds NaN or infinity"),
     "z empty": (with_z(lambda z: z.clear()), ValueError, "math: has no z"),
@@ -274,13 +285,78 @@ def test_damage_is_noticed_and_listed(out):
         load_phase8(out / "huggingface")
 
 
+def change_manifest(directory, change):
+    path = directory / "manifest.json"
+    record = json.loads(path.read_text())
+    change(record["sha256"])
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("checkpoint", ["no copy"], indirect=True)
+def test_artifacts_that_the_manifest_does_not_list_are_refused(out):
+    twin = sorted(p.name for p in out.iterdir() if "lowrank" in p.name)
+    assert len(twin) == 3
+    change_manifest(out, lambda digests: [digests.pop(name) for name in twin])
+    with pytest.raises(ValueError) as caught:
+        load_phase8(out)
+    assert all(f"{name} is not in the manifest" in str(caught.value) for name in twin)
+    for name in twin:
+        (out / name).unlink()
+    assert load_phase8(out).low_rank is None
+    (out / "huggingface" / "adapter_config.json").write_text("{}")  # transformers would read it
+    with pytest.raises(
+        ValueError, match=r"huggingface/adapter_config\.json is not in the manifest"
+    ):
+        load_phase8(out)
+
+
+@pytest.mark.parametrize("checkpoint", ["no copy"], indirect=True)
+def test_a_manifest_of_the_report_alone_is_refused(out):
+    change_manifest(out, lambda d: [d.pop(name) for name in list(d) if name != "phase7.json"])
+    with pytest.raises(ValueError, match=r"svf_adapted_model\.pt is not in the manifest"):
+        load_phase8(out)
+
+
+@pytest.mark.parametrize("checkpoint", ["no copy"], indirect=True)
+def test_the_other_files_of_a_run_may_lie_beside_the_artifacts(out):
+    """Phase 7 moves the best seed's artifacts to the top of its run."""
+    for name in ("config.json", "metrics.jsonl", "report.html", "z_heatmap.npz", "phase7.log"):
+        (out / name).write_text("{}")
+    for name in ("seed1", "checkpoints"):
+        (out / name).mkdir()
+        (out / name / "svf_adapted_model.pt").write_text("another")
+    assert load_phase8(out).success
+
+
+@pytest.mark.parametrize("checkpoint", ["no copy"], indirect=True)
+def test_reports_of_another_kind_are_refused(out):
+    """Whole numbers are numbers; integers beyond a float and files of others are not taken."""
+    sound = json.loads((out / "phase7.json").read_text())
+
+    def put(**changes):
+        (out / "phase7.json").write_text(json.dumps({**sound, **changes}))
+        digest = formats.sha256_file(out / "phase7.json")
+        change_manifest(out, lambda digests: digests.update({"phase7.json": digest}))
+
+    put(best_mixture=[1, 0, 2, 1])
+    assert load_phase8(out).alpha.dtype == np.float64
+    put(best_mixture=[10**400, 0, 0, 0], metrics={**METRICS, "vram_gb": 10**400})
+    with pytest.raises(
+        ValueError, match=r"best_mixture: want a number(?s:.)*metrics: want latency"
+    ):
+        load_phase8(out)
+    (out / "config.pt").write_text("no artifact")
+    put(adapted_model="config.pt", experts={**sound["experts"], "math": "config.pt"})
+    with pytest.raises(ValueError, match=r"adapted_model: want the name(?s:.)*experts: want the"):
+        load_phase8(out)
+
+
 @pytest.mark.parametrize("checkpoint", ["no copy"], indirect=True)
 def test_pickle_that_contradicts_its_twin_is_noticed(out):
     """Someone edits one file and the manifest, but not the other."""
     z = torch.load(out / "z_vectors_math.pt", weights_only=True)
     torch.save({n: t + 1 for n, t in z.items()}, out / "z_vectors_math.pt")
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["sha256"]["z_vectors_math.pt"] = formats.sha256_file(out / "z_vectors_math.pt")
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    digest = formats.sha256_file(out / "z_vectors_math.pt")
+    change_manifest(out, lambda digests: digests.update({"z_vectors_math.pt": digest}))
     with pytest.raises(ValueError, match=r"z_vectors_math\.pt differs from z_vectors_math\.safet"):
         load_phase8(out)

@@ -126,6 +126,17 @@ def test_float32_keeps_any_mask(tmp_path, state_dict, spec):
     assert max(np.abs(back[n] - z[n]).max() for n in z) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_written_is_read_to_the_ends_of_its_range(tmp_path, state_dict, spec, dtype):
+    """z of p = -16 and 16, rounded to float32, come back; so do a file's own."""
+    p = {n: torch.linspace(-16, 16, len(v)) for n, v in draw(state_dict, 0).items()}
+    torch.save(p, tmp_path / "in.pt")
+    z = load_transformer_squared(tmp_path / "in.pt", spec)
+    save_transformer_squared(tmp_path / "out.pt", z, spec, dtype=dtype)
+    back = load_transformer_squared(tmp_path / "out.pt", spec)
+    assert max(np.abs(back[n] - z[n]).max() for n in z) < (1e-6 if dtype == "float32" else 1e-2)
+
+
 def test_all_problems_of_an_expert_are_listed(tmp_path, state_dict, spec):
     p = draw(state_dict, 0)
     names = list(p)
@@ -155,9 +166,14 @@ def test_all_problems_of_an_expert_are_listed(tmp_path, state_dict, spec):
 
 def test_masks_that_no_sigmoid_gives_are_refused(tmp_path, spec):
     z = {path: np.ones(size, np.float32) for path, size in matrices(spec).values()}
-    with pytest.raises(ValueError, match=r"lies outside \(0, 1\.0\)"):
+    with pytest.raises(ValueError, match=r"lies outside \[1\.125351621e-07, 0\.9999998875\]"):
         save_transformer_squared(tmp_path / "z.pt", z, spec)
     assert list(tmp_path.iterdir()) == []
     save_transformer_squared(tmp_path / "z.pt", z, spec, max_mult=2.0)
+    leaf = next(iter(z))
+    for value in (-0.1, 0.0, 2e-8, 2 - 1.2e-7, np.nan):
+        z[leaf] = np.full(z[leaf].shape, value)
+        with pytest.raises(ValueError, match=f"{leaf}: lies outside .*, where .p. <= 16"):
+            save_transformer_squared(tmp_path / "z.pt", z, spec, max_mult=2.0, dtype="float32")
     with pytest.raises(ValueError, match="`max_mult` must be positive"):
         load_transformer_squared(tmp_path / "z.pt", spec, max_mult=0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forge_jax.models import Decoder, DecoderSpec, generate, response_logits
+from forge_jax.models import Decoder, DecoderSpec, generate, pad_left, pad_right, response_logits
 from forge_jax.models.generate import keep_top_k, keep_top_p, next_token
 from interop import params_from_torch
 from interop.config import spec_from_config
@@ -102,6 +102,21 @@ def test_greedy_equals_full_passes():
     np.testing.assert_array_equal(out, want)
     assert live.all()
     assert len(np.unique(want)) > 3
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int64])  # transformers' masks are integers
+def test_padding_may_stand_behind_the_prompts(dtype):
+    tokens, mask = prompts()
+    behind = tuple(np.asarray(x) for x in pad_right(tokens, mask))
+    assert behind[1][:, 0].all()
+    assert not behind[1][1:, -1].any()
+    again = pad_left(*behind)
+    jax.tree.map(np.testing.assert_array_equal, (tokens, mask), tuple(again))
+    out, live = run(behind[0], behind[1].astype(dtype), temperature=0.0)
+    np.testing.assert_array_equal(out, step_by_step()[0])
+    apply = functools.partial(DECODER.apply, {"params": make_params()})
+    got = response_logits(apply, SPEC, *behind, out, live)
+    np.testing.assert_allclose(got, full_logits(tokens, mask, out), atol=1e-5)
 
 
 def test_greedy_stops_row_by_row():

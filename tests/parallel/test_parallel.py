@@ -71,7 +71,7 @@ def test_a_mesh_of_eight_devices_equals_one_device(found, shape):
     """A training step on fixed rollouts, teacher-forced logits, the scores of a population."""
     difference = found[shape]["difference"]
     assert set(difference) == {"delta", "loss", "kl_div", "logits", "scores"}
-    assert max(difference.values()) < 1e-5
+    assert all(d < 1e-5 for d in difference.values())  # `max` loses a NaN
     assert found["zero"]["z"] > 0.01  # the step did move z
     assert set(found[shape]["devices"]) == {8}
     for what, fraction in HELD[shape].items():
@@ -120,7 +120,7 @@ def test_two_processes_equal_one_device(folder):
         seen = json.loads((folder / f"host{number}.json").read_text())
         assert seen["devices"] == [4, 8]
         assert seen["addressable"] == [False]
-        assert max(seen["difference"].values()) < 1e-5
+        assert all(d < 1e-5 for d in seen["difference"].values())
 
 
 SPEC = models.DecoderSpec(

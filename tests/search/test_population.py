@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from forge_jax import models, search, svf
+from forge_jax.search import population
 
 SPEC = models.DecoderSpec(
     vocab_size=23,
@@ -124,20 +126,46 @@ def counting(apply, batch):
 
 def test_another_population_compiles_nothing(case):
     COMPILED.clear()
-    first = case.run(counting, chunk=4)
+    first = case.run(counting, chunk=4)  # seven candidates
+    assert len(COMPILED) == 1
     traces = len(COMPILED)
     second = case.run(counting, chunk=4, alpha=case.alpha[::-1].copy())
     assert len(COMPILED) == traces
     np.testing.assert_allclose(second, first[::-1], rtol=1e-4)
 
 
-def test_a_memory_limit_makes_the_chunks(case):
-    score = models.LogLikelihood(SPEC)
-    wanted = case.run(score)
-    got = case.run(score, memory_limit=2**20, form="factored")
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+def test_a_memory_limit_makes_the_chunks(case, monkeypatch):
+    score, run, ran = models.LogLikelihood(SPEC), population._run, []
+
+    def spy(*args):
+        memory: Any = run.lower(*args).compile().memory_analysis()
+        ran.append(memory.temp_size_in_bytes)
+        chunks.append(args[4])
+        return run(*args)
+
+    spy.lower = run.lower
+    monkeypatch.setattr(population, "_run", spy)
+    chunks: list[int] = []
+    wanted = case.run(score, chunk=P)
+    for share in (1, 2, 4):
+        limit = ran[0] // share
+        got = case.run(score, memory_limit=limit, form="factored")
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        assert ran[-1] <= limit
+    assert chunks[:2] == [P, P]
+    assert P > chunks[2] > chunks[3] >= 1
     with pytest.raises(ValueError, match=r"One candidate takes [\d,]+ bytes"):
         case.run(score, memory_limit=1000)
+
+
+def test_a_rank_fraction_needs_full_decompositions(case):
+    whole = svf.materialize(case.factors, svf.identity(case.factors))
+    parts, ones = svf.decompose(whole, svf.is_attention_or_mlp, max_full=6, key=jax.random.key(0))
+    experts = {name: jnp.stack([z] * K) for name, z in ones.items()}
+    given = (ADAPTED, parts, experts, case.alpha, models.LogLikelihood(SPEC), case.batch)
+    search.evaluate_population(*given, rank_fraction=np.ones(P))
+    with pytest.raises(ValueError, match="needs full decompositions, layers_0/mlp/down_proj"):
+        search.evaluate_population(*given, rank_fraction=np.full(P, 0.5))
 
 
 def test_the_form_follows_the_counted_cost(case):
@@ -161,8 +189,42 @@ def test_the_form_follows_the_counted_cost(case):
         ({"rank_fraction": np.ones(P), "form": "dense"}, "needs the factored form"),
         ({"form": "sparse"}, "got 'sparse'"),
         ({"chunk": 0}, "`chunk` must be at least 1"),
+        ({"rounds": 0}, "`rounds` must be at least 1"),
+        ({"tokens": -4}, "`tokens` must be at least 1"),
+        ({"alpha": np.ones((0, K))}, "must have a candidate"),
     ],
 )
 def test_what_does_not_fit_is_refused(case, options, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         case.run(models.LogLikelihood(SPEC), **options)
+
+
+def test_experts_that_do_not_fit_are_refused(case):
+    path = "layers_1/mlp/up_proj/kernel"
+    wrong = {
+        f"missing={[path]}": {k: z for k, z in case.experts.items() if k != path},
+        "must be (experts, *(16,)), got (16,)": case.experts | {path: jnp.ones(16)},
+        "got (0, 16)": case.experts | {path: jnp.ones((0, 16))},
+    }
+    for said, experts in wrong.items():
+        given = (ADAPTED, case.factors, experts, case.alpha, models.LogLikelihood(SPEC), case.batch)
+        for form in ("auto", "factored", "dense"):
+            with pytest.raises(ValueError, match=re.escape(said)):
+                search.evaluate_population(*given, form=form)
+    params = svf.materialize(case.factors, svf.identity(case.factors))
+    with pytest.raises(ValueError, match="hold no decomposed matrix"):
+        search.evaluate_population(ADAPTED, params, *given[2:])
+
+
+def test_padding_may_stand_on_either_side(case):
+    """Tokenizers pad behind a prompt unless told otherwise."""
+    batch, score = case.batch, models.Judge(SPEC)
+    prompts = models.pad_right(batch.tokens, batch.mask)
+    turned = models.Questions(*prompts, *models.pad_left(batch.answers, batch.answer_mask))
+    assert (turned.mask != batch.mask).any()
+    assert (turned.answer_mask != batch.answer_mask).any()
+    given = (ADAPTED, case.factors, case.experts, case.alpha, score)
+    wanted = search.evaluate_population(*given, batch)
+    got = search.evaluate_population(*given, turned)
+    np.testing.assert_allclose(got.logp, wanted.logp, atol=1e-4)
+    np.testing.assert_array_equal(got.correct, wanted.correct)
