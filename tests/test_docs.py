@@ -51,5 +51,5 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
 
 def test_cognates_example_runs(tmp_path, monkeypatch):
     names = run("docs/cognate.md", tmp_path, monkeypatch, count=1)
-    assert names["out"].logits.shape == (2, 32, 32000)
+    assert names["out"].logits.shape == (2, 32, 32768)
     assert int(names["out"].answers.min()) >= 1
