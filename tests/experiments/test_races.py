@@ -180,7 +180,7 @@ def test_the_factored_step_and_the_dense_one_are_both_shown():
     (bound,) = [floor for floor in result["floors"] if floor["at_most"]]
     assert bound["wanted"] == 0.5
     assert (
-        measured("experts")["notes"]["faster in nine rounds before the race"] in four_experts.WAYS
+        measured("experts")["notes"]["faster in five rounds before the race"] in four_experts.WAYS
     )
 
 
