@@ -117,4 +117,4 @@ def token_id(config: Mapping[str, Any], kind: str) -> int | None:
     index = config.get(f"{kind}_token_id")
     index = index[0] if isinstance(index, list) and index else index
     # some configs say -1 for "none"; the tokenizer and GGUF take 32 bits without a sign
-    return index if isinstance(index, int) and 0 <= index < 2**32 else None
+    return index if type(index) is int and 0 <= index < 2**32 else None

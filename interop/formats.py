@@ -361,9 +361,9 @@ def write_torch(path: Path, value: Any) -> None:
 def staged_directory(directory: Path) -> Iterator[Path]:
     """A hidden sibling to fill, renamed to `directory` when the block ends without an error.
 
-    Nothing is left when the block raises; an OSError is then one of `directory`. What a killed
-    process left is cleared by the next one, so a directory has one writer at a time. An existing
-    `directory` is a ValueError.
+    Nothing is left when the block raises; the system's OSError is then one of `directory`. What a
+    killed process left is cleared by the next one, so a directory has one writer at a time. An
+    existing `directory` is a ValueError.
     """
     if directory.exists():
         raise ValueError(f"{directory} already exists and is not overwritten.")
@@ -380,8 +380,10 @@ def staged_directory(directory: Path) -> Iterator[Path]:
             raise ValueError(f"{directory} already exists and is not overwritten.")
         staged.rename(directory)
     except OSError as error:
+        if error.errno is None:  # of the block, not of the system
+            raise
         said = f"{directory} was not written; nothing is left of it: {_reason(error, staged)}"
-        raise OSError(error.errno or errno.EIO, said) from error
+        raise OSError(error.errno, said) from error
     finally:
         if staged.exists():
             shutil.rmtree(staged)

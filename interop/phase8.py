@@ -133,12 +133,15 @@ def _name_experts(experts: Mapping[str, Mapping[str, Any]], names: Names) -> dic
     """The z of every expert under torch names, float32; all that does not fit in one error."""
     own = {path: entry for path, entry in own_names(names).items() if len(entry[1]) == 2}
     problems, found = [], {}
-    lengths = {path: np.size(v) for z in experts.values() for path, v in z.items() if path in own}
+    lengths: dict[str, int] = {}  # of the first expert that has the path
     for domain, z in experts.items():
         found[domain] = {}
         if not z:
             problems.append(f"{domain}: has no z")
-        problems += [f"{domain}: {path}: another has it" for path in lengths if path not in z and z]
+        paths = {path: None for z in experts.values() for path in z if path in own}
+        problems += [
+            f"{domain}: {path}: missing, others have it" for path in paths if path not in z
+        ]
         for path, value in z.items():
             array = np.asarray(value, np.float32)
             if path not in own:
@@ -148,7 +151,7 @@ def _name_experts(experts: Mapping[str, Mapping[str, Any]], names: Names) -> dic
             full = min(shape)
             if array.ndim != 1 or not 0 < array.size <= full:
                 problems.append(f"{domain}: {path}: have {array.shape}, want ({full},)")
-            elif array.size != lengths[path]:
+            elif array.size != lengths.setdefault(path, array.size):
                 problems.append(f"{domain}: {path}: have {array.shape}, another ({lengths[path]},)")
             elif not np.isfinite(array).all():
                 problems.append(f"{domain}: {path}: holds NaN or infinity")

@@ -19,8 +19,8 @@ from interop.rules import Names
 # What is read here, or by transformers; the directory may be that of a run, whose own files
 # (config.json, metrics, checkpoints) are in no manifest. The suffixes are those of `load_phase6`.
 _ARTIFACT = re.compile(
-    rf"huggingface/.+|(?:phase7|z_vectors_|{MODEL}|tokenizer|vision)"
-    r".*\.(?:json|pt|pth|bin|safetensors)"
+    rf"huggingface/.+|(?:phase7|z_vectors_[^/]*|{MODEL}|tokenizer|tokenizer_config|[^/]*vision)"
+    r"(?:_lowrank)?\.(?:json|pt|pth|bin|safetensors)"
 )
 
 

@@ -154,7 +154,11 @@ def save_transformer_squared(
             have = None if array is None else array.shape
             problems.append(f"{leaf}: have {have}, want ({length},)")
             continue
-        p = torch.from_numpy(_logit(array / max_mult)).to(getattr(torch, dtype))
+        exact = _logit(array / max_mult)
+        ends = np.clip(exact, -_LARGEST, _LARGEST)
+        # z is rounded: that of an end may be the z of a p beyond it
+        is_end = _mask(ends, max_mult) == array.astype(np.float32)
+        p = torch.from_numpy(np.where(is_end, ends, exact)).to(getattr(torch, dtype))
         # judged as it will stand in the file: z is rounded, and 16 may come as 16 + 1e-7
         if not (p.abs() <= _LARGEST).all():
             problems.append(f"{leaf}: lies outside [{low:.10g}, {high:.10g}], where |p| <= 16")

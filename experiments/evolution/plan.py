@@ -54,7 +54,8 @@ def described(found: list[Row], setup: Setup, settings: evolve.Settings) -> str:
     """What the documents cost and the ladder spends, in words."""
     costs = [row["train_flops"] for row in found if "refused" not in row]
     mean = setup.step_flops or sum(costs) / max(len(costs), 1)
-    trials = settings.trials - (len(found) - len(costs))  # who is refused is no trial's training
+    # who is born and refused is no trial's training
+    trials = settings.trials - sum("refused" in row for row in found[: settings.trials])
     steps = rungs(settings.ladder, trials, setup, mean)
     lines = []
     for row in found:

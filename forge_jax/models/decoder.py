@@ -86,7 +86,7 @@ def learned_positions(
 
 
 class Decoder(nn.Module):
-    """Next-token logits of left-padded token rows, with or without a key-value cache.
+    """Next-token logits of padded token rows, with or without a key-value cache.
 
     Parameter names follow Hugging Face's Llama in every family (GPT-2's are renamed: wpe is
     `embed_positions`, c_attn `qkv_proj`, c_fc `up_proj`); kernels are (in, out).
@@ -105,9 +105,10 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "batch kept vocab"], Cache | None]:
         """Logits of the tokens from `logits_from` on (negative counts from the end), and the cache.
 
-        `mask` is False at padding (which stands on the left); default all True. Positions count
-        from the first real token. With a `cache` the tokens follow those in it, which they see;
-        the cache must have room for them. Logits at padding are finite and mean nothing.
+        `mask` is False at padding, on either side (`pad_left` turns rows whose last slot is to be
+        their last token); default all True. Positions count from the first real token. With a
+        `cache` the tokens follow those in it, which they see; the cache must have room for them.
+        Logits at padding are finite and mean nothing.
 
         Raises:
           ValueError: the shapes of mask, cache or images do not fit the tokens, or there are more

@@ -67,10 +67,11 @@ def _answers_first(batch: Any) -> Any:
 def is_right(logits: Float[Array, "batch answer_time vocab"], batch: Any) -> Bool[Array, " batch"]:
     """Whether every token of an answer has the largest logit at its place.
 
-    `batch` has `answers` and `answer_mask`, as `Questions` has; a token that is not in an answer
+    `batch` has right-padded `answers`, and their `answer_mask`; a token that is not in an answer
     counts for nothing.
     """
-    return ((logits.argmax(axis=-1) == batch.answers) | ~batch.answer_mask).all(axis=-1)
+    outside = ~batch.answer_mask.astype(bool)
+    return ((logits.argmax(axis=-1) == batch.answers) | outside).all(axis=-1)
 
 
 def _answer_logp(logits, batch: Questions) -> Float[Array, " batch"]:

@@ -39,8 +39,8 @@ def map_candidates(
     groups = 1 if mesh is None else mesh.shape["population"]
     if groups == 1 and chunk is None:
         return jax.lax.map(one, candidates)
-    at_once = groups * (chunk or 1)
     count = jax.tree.leaves(candidates)[0].shape[0]
+    at_once = groups * min(chunk or 1, max(1, -(-count // groups)))
 
     def dealt(x):
         filled = jnp.concatenate([x, jnp.repeat(x[-1:], -count % at_once, axis=0)])

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from forge_jax import parallel, svf
-from forge_jax.svf.mixing import check_stacked
 
 Form = Literal["factored", "dense"]
 Score = Callable[[Callable[..., Any], Any], PyTree]
@@ -69,7 +68,7 @@ def evaluate_population(
         rank_fraction: per candidate, singular components from ceil(fraction * r) on are left out.
             Factored form only, and full decompositions only: what a randomized one leaves out
             would stay.
-        form: `auto` takes what `cheaper_form` says.
+        form: `auto` takes what `cheaper_form` says, where it keeps the limit.
         tokens: rows that a candidate sends through its matrices in one step (rows x length when a
             text is scored, rows when it is decoded). None: the integers in `batch`.
         rounds: populations of this size in one program, as in a scan over generations: the deltas
@@ -97,15 +96,14 @@ def evaluate_population(
     rank = _ranks(rank_fraction, count, factors)
     if rank is not None and form == "dense":
         raise ValueError("`rank_fraction` needs the factored form: a cut matrix is no mixture.")
+    own = count if mesh is None else math.ceil(count / mesh.shape["population"])
+    arrays = (factors, experts, *jax.tree.map(lambda x: x[:own], (alphas, rank)), batch)
     if form == "auto":
         sizes = _integers(batch) if tokens is None else tokens
-        fits = memory_limit is None or delta_bytes(factors, experts) <= memory_limit
-        allowed = fits and rank is None
-        form = cheaper_form(factors, experts, sizes, count * rounds) if allowed else "factored"
-    own = count if mesh is None else math.ceil(count / mesh.shape["population"])
+        form = cheaper_form(factors, experts, sizes, count * rounds)
+        if form == "dense" and not _dense_fits(adapted, score, memory_limit, arrays):
+            form = "factored"
     if memory_limit is not None:
-        mine = jax.tree.map(lambda x: x[:own], (alphas, rank))
-        arrays = (factors, experts, *mine, batch)
         chunk = _allowed(adapted, score, form, memory_limit, chunk or own, arrays)
     if mesh is not None:
         alphas, rank = parallel.shard(mesh, (alphas, rank), parallel.REPLICATED)
@@ -179,7 +177,7 @@ def _by_path(factors, experts: Experts, alpha: Alphas) -> tuple[dict[str, Array]
     """(P, K) coefficients for every path, and P."""
     if not svf.named_factors(factors):
         raise ValueError("`factors` hold no decomposed matrix: give those of `svf.decompose`.")
-    paths = check_stacked(factors, experts)
+    paths = svf.check_stacked(factors, experts)
     given = alpha if isinstance(alpha, Mapping) else dict.fromkeys(paths, alpha)
     alphas = {name: jnp.asarray(a, jnp.float32) for name, a in given.items()}
     shapes = {a.shape for a in alphas.values()}
@@ -218,13 +216,23 @@ def _integers(batch: Any) -> int:
     return sum(np.size(x) for x in leaves)
 
 
+def _dense_fits(adapted, score: Score, memory_limit: int | None, arrays) -> bool:
+    """Whether the mixed-dense form can take the place of the factored one."""
+    factors, experts, _, rank, _ = arrays
+    if rank is not None or memory_limit is None:
+        return rank is None
+    if delta_bytes(factors, experts) > memory_limit:
+        return False
+    return _temporary_bytes(adapted, score, "dense", 1, *_abstract(arrays)) <= memory_limit
+
+
 def _allowed(adapted, score: Score, form: Form, memory_limit: int, most: int, arrays) -> int:
     """How many candidates at once keep the limit, at most so many."""
 
     def needed(chunk: int) -> int:
         return _temporary_bytes(adapted, score, form, chunk, *_abstract(arrays))
 
-    chunk = most
+    chunk = 1 if form == "dense" else most  # candidates of the dense form run one by one
     while (took := needed(chunk)) > memory_limit:
         if chunk == 1:
             raise ValueError(

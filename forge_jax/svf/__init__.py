@@ -14,6 +14,7 @@ from forge_jax.svf.layout import Layout as Layout
 from forge_jax.svf.lowrank import kept_rank as kept_rank
 from forge_jax.svf.lowrank import mask_rank as mask_rank
 from forge_jax.svf.lowrank import truncate as truncate
+from forge_jax.svf.mixing import check_stacked as check_stacked
 from forge_jax.svf.mixing import deltas as deltas
 from forge_jax.svf.mixing import mix as mix
 from forge_jax.svf.mixing import mix_weights as mix_weights

@@ -94,10 +94,8 @@ def decompose(
             out.append(_leading(matrix, layout, kept, jax.random.fold_in(key, selected)))
         selected += 1
     if not selected:
-        some = ", ".join(path_name(path) for path, _ in leaves[:3])
-        raise ValueError(
-            f"`select` matched none of the {len(leaves)} leaves of `params`: {some}, ..."
-        )
+        first = f", {path_name(leaves[0][0])} the first" if leaves else ""
+        raise ValueError(f"`select` matched none of the {len(leaves)} leaves of `params`{first}.")
     factors = jax.tree_util.tree_unflatten(treedef, out)
     return factors, identity(factors)
 

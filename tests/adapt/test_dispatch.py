@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forge_jax import adapt, svf
-from forge_jax.models import with_hidden
+from forge_jax import adapt, models, svf
 
 TOKENS = [(5, 9), (7,), (11, 5), (2,)]
 EXPERTS = [0, 1, 2, adapt.BASE]
@@ -39,6 +38,18 @@ def test_the_most_probable_label_wins(case, last_logits):
             alpha[row, expert] = 1
     np.testing.assert_array_equal(choice.alpha(3), alpha)
     np.testing.assert_allclose(choice.probability.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_padding_may_stand_on_either_side(case):
+    dispatch = adapt.PromptDispatch.of(TOKENS, EXPERTS)
+    wanted = dispatch.scores(case.base(), case.tokens, case.mask)
+    behind = models.pad_right(case.tokens, case.mask)
+    both = tuple(jnp.roll(x, 1, axis=1) for x in behind)
+    both = tuple(jnp.where(case.mask[:, :1], x, y) for x, y in zip(behind, both, strict=True))
+    assert (~both[1][:, 0] & ~both[1][:, -1]).any()
+    for tokens, mask in (behind, both):
+        got = dispatch.scores(case.base(), tokens, mask)
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
 def test_every_label_can_win(case):
@@ -160,7 +171,7 @@ def test_the_head_is_scikit_learns_logistic_regression():
 
 def test_the_head_reads_the_question_and_no_padding(case):
     """Fitted on the pooled states of the batch, it gives each row its label back."""
-    apply = with_hidden(case.base())
+    apply = models.with_hidden(case.base())
     (_, hidden), _ = apply(case.tokens, case.mask)
     features = adapt.pool(hidden, case.mask)
     want = [np.asarray(h)[m].mean(axis=0) for h, m in zip(hidden, case.mask, strict=True)]

@@ -114,6 +114,11 @@ def test_a_run_in_which_nothing_was_trained_has_failed(sweep, capsys):
     none = dataclasses.replace(sweep, limits=Limits(max_params=1))
     assert evolve.main(dataclasses.replace(none, plan=True)) == 1
     assert "steps, 0 trials, 0 tokens" in capsys.readouterr().out
+    one = {"population": 1, "generations": 1, "immigrants": 0, "top_k": 1, "plan": True}
+    shared = ("files", "out", "task", "limits", "cache")
+    few = evolve.Evolve(**{name: getattr(none, name) for name in shared}, **one)
+    assert evolve.main(few) == 1
+    assert "steps, 0 trials, 0 tokens" in capsys.readouterr().out  # of three documents one is born
     assert evolve.main(none) == 1
     said = capsys.readouterr()
     assert "3 candidates, 0 failed trainings, 3 refused" in said.out

@@ -133,7 +133,7 @@ def test_the_better_ceilings_count():
     assert result["ceilings"] == {"flop": 4e9, "byte": 5e9}
     work = made("rows").work
     assert work is not None
-    least = work.flops / 4e9 + work.bytes / 5e9
+    least = (work.flops / 4e9 + work.bytes / 5e9) / made("rows").units
     assert result["roofline"]["seconds"] == pytest.approx(least)
 
 

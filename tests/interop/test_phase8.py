@@ -239,9 +239,9 @@ BAD = {
     "z shorter": (
         with_z(lambda z: z.update({Q: z[Q][:-1]})),
         ValueError,
-        rf"math: {Q}: have \(\d+,\), another",
+        rf"code: {Q}: have \(\d+,\), another",
     ),
-    "z of fewer": (with_z(lambda z: z.pop(Q)), ValueError, f"math: {Q}: another has it"),
+    "z of fewer": (with_z(lambda z: z.pop(Q)), ValueError, f"math: {Q}: missing, others have it"),
     "z too long": (with_z(lambda z: z.update({Q: np.ones(99)})), ValueError, r"have \(99,\)"),
     "z nan": (with_z(lambda z: z.update({Q: z[Q] * np.nan})), ValueError, "holds NaN or infinity"),
     "z empty": (with_z(lambda z: z.clear()), ValueError, "math: has no z"),

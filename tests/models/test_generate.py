@@ -245,6 +245,9 @@ def test_images_belong_to_the_prompt():
     rows = (make_params(), tokens, mask, out, np.ones_like(out, bool))
     np.testing.assert_array_equal(np.asarray(logits(*rows, images)).argmax(-1), out)
     assert (np.asarray(logits(*rows, images[::-1])).argmax(-1) != out).any()
+    behind = pad_right(tokens, mask)
+    again = np.asarray(greedy(make_params(), *behind, key, images).tokens)
+    np.testing.assert_array_equal(again, out)
 
 
 def softmax(x):

@@ -158,6 +158,29 @@ def test_a_memory_limit_makes_the_chunks(case, monkeypatch):
         case.run(score, memory_limit=1000)
 
 
+def test_auto_takes_the_form_that_keeps_the_limit(case, monkeypatch):
+    """The mixed-dense form is measured once, not for every chunk."""
+    score, run, forms, compiled = models.LogLikelihood(SPEC), population._run, [], []
+
+    def spy(*args):
+        forms.append(args[2])
+        return run(*args)
+
+    def lower(*args):
+        compiled.append(args[2])
+        return run.lower(*args)
+
+    spy.lower = lower
+    monkeypatch.setattr(population, "_run", spy)
+    monkeypatch.setattr(population, "cheaper_form", lambda *args: "dense")
+    population._temporary_bytes.cache_clear()
+    limit = population.delta_bytes(case.factors, case.experts)
+    got = [case.run(score, memory_limit=m) for m in (None, 2**30, limit)]
+    assert forms == ["dense", "dense", "factored"]
+    assert compiled.count("dense") == 1
+    np.testing.assert_allclose(got[2], got[0], atol=1e-4)
+
+
 def test_a_rank_fraction_needs_full_decompositions(case):
     whole = svf.materialize(case.factors, svf.identity(case.factors))
     parts, ones = svf.decompose(whole, svf.is_attention_or_mlp, max_full=6, key=jax.random.key(0))
