@@ -133,12 +133,12 @@ def _name_experts(experts: Mapping[str, Mapping[str, Any]], names: Names) -> dic
     """The z of every expert under torch names, float32; all that does not fit in one error."""
     own = {path: entry for path, entry in own_names(names).items() if len(entry[1]) == 2}
     problems, found = [], {}
+    paths = {path: None for z in experts.values() for path in z if path in own}
     lengths: dict[str, int] = {}  # of the first expert that has the path
     for domain, z in experts.items():
         found[domain] = {}
         if not z:
             problems.append(f"{domain}: has no z")
-        paths = {path: None for z in experts.values() for path in z if path in own}
         problems += [
             f"{domain}: {path}: missing, others have it" for path in paths if path not in z
         ]

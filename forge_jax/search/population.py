@@ -97,14 +97,22 @@ def evaluate_population(
     if rank is not None and form == "dense":
         raise ValueError("`rank_fraction` needs the factored form: a cut matrix is no mixture.")
     own = count if mesh is None else math.ceil(count / mesh.shape["population"])
-    arrays = (factors, experts, *jax.tree.map(lambda x: x[:own], (alphas, rank)), batch)
+
+    def needed(form: Form, chunk: int) -> int:
+        share = jax.eval_shape(lambda x: jax.tree.map(lambda a: a[:own], x), (alphas, rank))
+        abstract = _abstract((factors, experts, *share, batch))
+        return _temporary_bytes(adapted, score, form, chunk, *abstract)
+
     if form == "auto":
         sizes = _integers(batch) if tokens is None else tokens
-        form = cheaper_form(factors, experts, sizes, count * rounds)
-        if form == "dense" and not _dense_fits(adapted, score, memory_limit, arrays):
-            form = "factored"
+        cheaper = cheaper_form(factors, experts, sizes, count * rounds)
+        form = "factored" if rank is not None else cheaper
+        if form == "dense" and memory_limit is not None:
+            deltas = delta_bytes(factors, experts)
+            fits = deltas <= memory_limit and needed("dense", 1) <= memory_limit
+            form = "dense" if fits else "factored"
     if memory_limit is not None:
-        chunk = _allowed(adapted, score, form, memory_limit, chunk or own, arrays)
+        chunk = _allowed(needed, form, memory_limit, chunk or own)
     if mesh is not None:
         alphas, rank = parallel.shard(mesh, (alphas, rank), parallel.REPLICATED)
     arrays = (factors, experts, alphas, rank, batch)
@@ -216,24 +224,10 @@ def _integers(batch: Any) -> int:
     return sum(np.size(x) for x in leaves)
 
 
-def _dense_fits(adapted, score: Score, memory_limit: int | None, arrays) -> bool:
-    """Whether the mixed-dense form can take the place of the factored one."""
-    factors, experts, _, rank, _ = arrays
-    if rank is not None or memory_limit is None:
-        return rank is None
-    if delta_bytes(factors, experts) > memory_limit:
-        return False
-    return _temporary_bytes(adapted, score, "dense", 1, *_abstract(arrays)) <= memory_limit
-
-
-def _allowed(adapted, score: Score, form: Form, memory_limit: int, most: int, arrays) -> int:
-    """How many candidates at once keep the limit, at most so many."""
-
-    def needed(chunk: int) -> int:
-        return _temporary_bytes(adapted, score, form, chunk, *_abstract(arrays))
-
+def _allowed(needed: Callable[[Form, int], int], form: Form, memory_limit: int, most: int) -> int:
+    """How many candidates at once keep the limit, at most so many; `needed(form, chunk)` bytes."""
     chunk = 1 if form == "dense" else most  # candidates of the dense form run one by one
-    while (took := needed(chunk)) > memory_limit:
+    while (took := needed(form, chunk)) > memory_limit:
         if chunk == 1:
             raise ValueError(
                 f"One candidate takes {took:,} bytes of temporary memory in the {form} form, "
